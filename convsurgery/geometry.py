@@ -1,0 +1,167 @@
+"""The shape arithmetic of a convolution and the description of one site; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["ConvGeometry", "Cost", "Pair", "Site", "pad_amounts", "pair"]
+
+Pair = tuple[int, int]
+
+
+def pair(value: int | tuple[int, ...]) -> Pair:
+    """``3`` as ``(3, 3)``; a pair as itself."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def pad_amounts(padding: str | int | tuple[int, ...], kernel: Pair, dilation: Pair) -> tuple[int, int, int, int]:
+    """Padding as ``(left, right, top, bottom)``; "same" puts the odd pixel right and below, as torch does.
+
+    Raises:
+        ValueError: for a word other than "same" and "valid".
+    """
+    if padding == "valid":
+        return 0, 0, 0, 0
+    if padding == "same":
+        height, width = (d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
+        return width // 2, width - width // 2, height // 2, height - height // 2
+    if isinstance(padding, str):
+        raise ValueError(f"padding must be 'same', 'valid' or numbers, not {padding!r}")
+    top, left = pair(padding)
+    return left, left, top, top
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """What a Conv2d is, apart from its weights.
+
+    ``padding`` is ``(left, right, top, bottom)`` in pixels, the order of ``torch.nn.functional.pad``, so that "same"
+    with an even kernel has a place.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: Pair
+    stride: Pair = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    bias: bool = True
+    padding_mode: str = "zeros"
+
+    @classmethod
+    def of(cls, conv: Any) -> ConvGeometry:
+        """The geometry of anything with the attributes of ``torch.nn.Conv2d``."""
+        return cls(
+            conv.in_channels,
+            conv.out_channels,
+            pair(conv.kernel_size),
+            pair(conv.stride),
+            pad_amounts(conv.padding, pair(conv.kernel_size), pair(conv.dilation)),
+            pair(conv.dilation),
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+        )
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups > 1 and self.groups == self.in_channels
+
+    @property
+    def pointwise(self) -> bool:
+        return self.kernel_size == (1, 1)
+
+    @property
+    def patch(self) -> int:
+        """Values under the window: C_in / groups * kh * kw."""
+        return self.in_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
+
+    def output_size(self, height: int, width: int) -> Pair:
+        """Output height and width in pixels for an input of the given height and width."""
+        left, right, top, bottom = self.padding
+        padded = (height + top + bottom, width + left + right)
+        out = [
+            (size - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, dilation in zip(padded, self.kernel_size, self.stride, self.dilation, strict=True)
+        ]
+        return out[0], out[1]
+
+    def __str__(self) -> str:
+        def short(value: Pair) -> str:
+            return str(value[0]) if value[0] == value[1] else f"{value[0]}x{value[1]}"
+
+        text = f"{self.in_channels}→{self.out_channels} {self.kernel_size[0]}x{self.kernel_size[1]}"
+        if self.stride != (1, 1):
+            text += f" s{short(self.stride)}"
+        if self.dilation != (1, 1):
+            text += f" d{short(self.dilation)}"
+        if self.depthwise and self.out_channels == self.in_channels:
+            text += " dw"
+        elif self.groups != 1:
+            text += f" g{self.groups}"
+        return text
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Trainable parameters, and multiply-accumulates for one image."""
+
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """One Conv2d of a model at the place and moment it is called.
+
+    Attributes:
+        names: every dotted name the module is reachable by, first the one ``named_modules`` gives; "" is the root.
+        index: position in execution order; -1 when no forward call reaches it.
+        geometry: the convolution's options.
+        input_shape, output_shape: of the first call, batch included; None when never called.
+        calls: how often one forward pass calls it.
+        owners: class names of the modules around it, the innermost first.
+        kind: the module's class name.
+        dtype: of the weight, as torch names it ("float32").
+        batchnorm: name of the BatchNorm2d that alone consumes this convolution's output, if any.
+        blocked: why the module cannot be replaced whatever the operator, or None.
+        first: whether the model itself declares it a first convolution (timm's ``pretrained_cfg["first_conv"]``).
+    """
+
+    names: tuple[str, ...]
+    index: int
+    geometry: ConvGeometry
+    input_shape: tuple[int, ...] | None = None
+    output_shape: tuple[int, ...] | None = None
+    calls: int = 1
+    owners: tuple[str, ...] = ()
+    kind: str = "Conv2d"
+    dtype: str = "float32"
+    batchnorm: str | None = None
+    blocked: str | None = None
+    first: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def label(self) -> str:
+        """The name as printed: the root module has an empty one."""
+        return self.names[0] or "(the model itself)"
+
+    @property
+    def positions(self) -> int:
+        """Output pixels per image, over all calls (taken to be alike)."""
+        if self.output_shape is None:
+            return 0
+        return self.output_shape[-1] * self.output_shape[-2] * self.calls
+
+    @property
+    def cost(self) -> Cost:
+        """What the convolution itself costs."""
+        geometry = self.geometry
+        params = geometry.out_channels * (geometry.patch + geometry.bias)
+        return Cost(params, geometry.out_channels * geometry.patch * self.positions)
