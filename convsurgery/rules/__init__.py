@@ -1,0 +1,56 @@
+"""Rules: which convolutions to replace, and by what. Text in, frozen objects out; no torch.
+
+>>> from convsurgery.rules import parse
+>>> print(parse("first-conv->keep;  conv[k=3,s=1] -> kerv-poly(degree=3)"))
+first-conv->keep; conv[k=3, s=1]->kerv-poly(degree=3)
+"""
+
+from convsurgery.rules.convert import (
+    RuleLike,
+    RulesLike,
+    SelectorLike,
+    SupportsTarget,
+    TargetLike,
+    as_rules,
+    as_target,
+)
+from convsurgery.rules.keys import KEYS, OPERATORS, NumberKey, TextKey
+from convsurgery.rules.model import PredicateSelector, Rule, Rules, Selector, Target, Test
+from convsurgery.rules.parser import parse, parse_selector, parse_target
+from convsurgery.rules.places import PlaceMatch, SelectorPlace, list_selectors, register_selector
+from convsurgery.rules.source import Source
+from convsurgery.rules.values import ArgValue, Glob, KeyName, Range, Regex, TestValue
+
+__all__ = [
+    "KEYS",
+    "OPERATORS",
+    "ArgValue",
+    "Glob",
+    "KeyName",
+    "NumberKey",
+    "PlaceMatch",
+    "PredicateSelector",
+    "Range",
+    "Regex",
+    "Rule",
+    "RuleLike",
+    "Rules",
+    "RulesLike",
+    "Selector",
+    "SelectorLike",
+    "SelectorPlace",
+    "Source",
+    "SupportsTarget",
+    "Target",
+    "TargetLike",
+    "Test",
+    "TestValue",
+    "TextKey",
+    "as_rules",
+    "as_target",
+    "list_selectors",
+    "parse",
+    "parse_selector",
+    "parse_target",
+    "register_selector",
+]
