@@ -1,0 +1,276 @@
+"""What every operator shares: its config, the registry, starts, cost, and its ONNX meaning.
+
+An operator is one frozen config dataclass, registered under the name that rules use. Its fields are the rule's
+arguments; from the registry come rule names, command-line help, the docs table and the table of tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from convsurgery.errors import ArgumentError, ConvSurgeryError, nearest
+from convsurgery.geometry import Cost, Site
+from convsurgery.rules import Target
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from convsurgery.operators.onnx import OnnxFunction
+
+__all__ = [
+    "Built",
+    "OperatorConfig",
+    "Start",
+    "bind",
+    "list_operators",
+    "operator",
+    "option",
+    "register_operator",
+]
+
+ENTRY_POINTS = "convsurgery.operators"
+
+_registry: dict[str, type[OperatorConfig]] = {}
+_entry_points_loaded = False
+
+Config = TypeVar("Config", bound="type[OperatorConfig]")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    kind: type | tuple[type, ...],
+    least: float | None = None,
+    above: float | None = None,
+    choices: Sequence[object] = (),
+) -> Any:
+    """A field of an operator config: default, one line of help, and what is legal.
+
+    ``kind`` is the type (an int passes as a float, a bool never as a number), ``least`` an inclusive and ``above`` an
+    exclusive lower bound, ``choices`` further legal values outside ``kind``.
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    metadata = {"help": help, "kinds": kinds, "least": least, "above": above, "choices": tuple(choices)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _legal(metadata: Mapping[str, Any]) -> str:
+    words = []
+    for kind in metadata["kinds"]:
+        word = {int: "an integer", float: "a number", bool: "true or false", str: "a word"}[kind]
+        if metadata["least"] is not None and kind is not bool:
+            word += f" >= {metadata['least']:g}"
+        if metadata["above"] is not None and kind is not bool:
+            word += f" > {metadata['above']:g}"
+        words.append(word)
+    words += [str(choice).lower() for choice in metadata["choices"] if choice is not None]
+    return " or ".join(words)
+
+
+def _accept(name: str, value: Any, metadata: Mapping[str, Any]) -> Any:
+    if any(value is choice or (type(value) is type(choice) and value == choice) for choice in metadata["choices"]):
+        return value
+    for kind in metadata["kinds"]:
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            continue
+        number = value if kind in (int, float) else None
+        if number is not None and not (number == number and abs(number) != float("inf")):
+            break
+        if metadata["least"] is not None and number is not None and number < metadata["least"]:
+            break
+        if metadata["above"] is not None and number is not None and number <= metadata["above"]:
+            break
+        return value
+    raise ArgumentError(name, f"{name} wants {_legal(metadata)}, not {str(value).lower()}")
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a new operator begins from the convolution's weights: ``neutral(eps)``, ``copy`` or ``random``.
+
+    Attributes:
+        name: the start's name.
+        value: its one number (``eps`` of neutral, ``seed`` of random), or None for the operator's default.
+    """
+
+    name: str
+    value: float | None = None
+
+    ARGUMENT: ClassVar[Mapping[str, str]] = {"neutral": "eps", "copy": "", "random": "seed"}
+
+    @classmethod
+    def parse(cls, text: str | Start) -> Start:
+        """Read ``neutral``, ``neutral(1e-3)``, ``neutral(eps=1e-3)``, ``copy``, ``random`` or ``random(seed=0)``."""
+        if isinstance(text, Start):
+            return text
+        found = re.fullmatch(r"\s*([\w-]+)\s*(?:\(\s*(?:(\w+)\s*=\s*)?([^()=\s]+)\s*\))?\s*", text)
+        if not found or found[1] not in cls.ARGUMENT:
+            raise ArgumentError("start", f"unknown start {text!r}", nearest(found[1] if found else text, cls.ARGUMENT))
+        name, key, number = found.groups()
+        argument = cls.ARGUMENT[name]
+        if number is None:
+            return cls(name)
+        if not argument or key not in (None, argument):
+            takes = f"takes only {argument}" if argument else "takes no argument"
+            raise ArgumentError("start", f"start {name} {takes}: {text!r}")
+        try:
+            value = float(number)
+        except ValueError:
+            raise ArgumentError("start", f"start {name}: {number!r} is not a number") from None
+        if name == "neutral" and not 0 < value <= 1:
+            raise ArgumentError("start", f"start neutral: eps must be in (0, 1], not {number}")
+        if name == "random" and (value < 0 or value != int(value)):
+            raise ArgumentError("start", f"start random: seed must be a whole number >= 0, not {number}")
+        return cls(name, value)
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return self.name
+        number = f"{int(self.value)}" if self.name == "random" else f"{self.value:.6g}"
+        return f"{self.name}({self.ARGUMENT[self.name]}={number})"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A new module, and what it leaves for the BatchNorm behind it to absorb.
+
+    Attributes:
+        module: computes ``residual * conv(x)`` for each output channel, where the start keeps the convolution.
+        residual: float64, (C_out,), or None where there is nothing to absorb.
+    """
+
+    module: nn.Module
+    residual: Any = None
+
+
+@dataclass(frozen=True)
+class OperatorConfig:
+    """Base of all operator configs. Subclasses are frozen dataclasses made of :func:`option` fields.
+
+    Class attributes to give: ``summary`` (one line), ``formula``, ``source`` (paper and equation), ``starts`` (start
+    name to how it keeps the convolution: "exact", "approximate" or "none"; the first that :meth:`refuses_start` lets
+    pass is the default).
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    formula: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    starts: ClassVar[Mapping[str, str]] = {"copy": "none"}
+    onnx: ClassVar[OnnxFunction | None] = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _accept(field.name, getattr(self, field.name), field.metadata))
+        self.validate()
+
+    def validate(self) -> None:
+        """Checks beyond the range of one field; raise :class:`ArgumentError`."""
+
+    def refuses(self, site: Site) -> str | None:
+        """Why this operator cannot stand at ``site``, or None when it can."""
+        return None
+
+    def refuses_start(self, start: str) -> str | None:
+        """Why this config cannot begin with ``start`` although the operator has it, or None."""
+        return None
+
+    def start_for(self, wanted: Start | None) -> Start:
+        """The start to use: the one wanted, else the first of ``starts`` that this config allows."""
+        if wanted is None:
+            return Start(next(name for name in self.starts if self.refuses_start(name) is None))
+        if wanted.name not in self.starts:
+            raise ArgumentError("start", f"{self.name} has no start {wanted.name!r}", nearest(wanted.name, self.starts))
+        if reason := self.refuses_start(wanted.name):
+            raise ArgumentError("start", f"{self} cannot start by {wanted.name}: {reason}")
+        return wanted
+
+    def cost(self, site: Site) -> Cost:
+        """Trainable parameters and multiply-accumulates for one image at this site."""
+        return site.cost
+
+    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool) -> Built:
+        """The module that takes ``conv``'s place; the Parameter objects of ``conv`` are reused.
+
+        Args:
+            conv: the convolution to replace; left as it is.
+            start: a start that :meth:`start_for` returned.
+            absorb: whether a BatchNorm follows that can take a per-channel gain.
+        """
+        raise NotImplementedError
+
+    def to_target(self) -> Target:
+        """This config as the right side of a rule; arguments at their defaults are left out."""
+        changed = [
+            (field.name, getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return Target(self.name, tuple(changed))
+
+    def __str__(self) -> str:
+        return str(self.to_target())
+
+
+def register_operator(name: str) -> Callable[[Config], Config]:
+    """Class decorator that makes a config known to rules under ``name``; a second of the same name raises."""
+
+    def decorate(cls: Config) -> Config:
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", name) or name == "keep":
+            raise ConvSurgeryError(f"{name!r} cannot name an operator: lower-case letters, digits and '-', not 'keep'")
+        if _registry.get(name, cls) is not cls:
+            raise ConvSurgeryError(f"operator {name!r} is already registered by {_registry[name].__qualname__}")
+        cls.name = name
+        _registry[name] = cls
+        return cls
+
+    return decorate
+
+
+def _load_entry_points() -> None:
+    global _entry_points_loaded
+    if _entry_points_loaded:
+        return
+    _entry_points_loaded = True
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            entry.load()
+        except Exception as error:
+            raise ConvSurgeryError(f"the operators of package entry {entry.value!r} do not load: {error}") from error
+
+
+def operator(name: str) -> type[OperatorConfig]:
+    """The config class registered under ``name``; KeyError when there is none."""
+    _load_entry_points()
+    return _registry[name]
+
+
+def list_operators() -> list[str]:
+    """Names of all registered operators, in alphabetical order."""
+    _load_entry_points()
+    return sorted(_registry)
+
+
+def bind(target: Target) -> OperatorConfig:
+    """The config a rule's target names; errors point at the operator or argument in the rule text."""
+    _load_entry_points()
+    if target.name not in _registry:
+        raise target.error(f"unknown operator {target.name!r}", hint=nearest(target.name, [*_registry, "keep"]))
+    cls = _registry[target.name]
+    known = {field.name for field in dataclasses.fields(cls)}
+    for key, _ in target.args:
+        if key not in known:
+            hint = nearest(key, known) if known else f"{target.name} takes no arguments"
+            raise target.error(f"{target.name} has no argument {key!r}", arg=key, hint=hint)
+    try:
+        return cls(**dict(target.args))
+    except ArgumentError as error:
+        raise target.error(error.message, arg=error.argument, hint=error.hint) from None

@@ -1,0 +1,54 @@
+"""How the kernels become torch ops, and how their functional forms call them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convsurgery.geometry import pad_amounts, pair
+
+#: Kept alive for the life of the process: the ops vanish with their Library.
+LIBRARY = torch.library.Library("convsurgery", "DEF")
+
+_HEAD = "Tensor input, Tensor weight, Tensor? bias"
+_TAIL = "bool centered, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+
+
+def schema(hyper: str, attributes: str) -> str:
+    """The argument list all kernels share, around their hyperparameter and attributes."""
+    parts = [_HEAD, hyper, "Tensor? gain, Tensor? scale", attributes, _TAIL]
+    return f"({', '.join(part for part in parts if part)}) -> Tensor"
+
+
+def define(name: str, hyper: str, attributes: str, function: Callable[..., Tensor]) -> None:
+    """Define ``convsurgery::name`` by its body of torch ops.
+
+    CompositeImplicitAutograd gives autograd, fake tensors, vmap and torch.compile from that one body, while
+    torch.export keeps the op whole.
+    """
+    LIBRARY.define(name + schema(hyper, attributes), tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+
+
+def functional_call(
+    op: Any,
+    arguments: tuple[Any, ...],
+    window: tuple[int | tuple[int, int], str | int | tuple[int, int], int | tuple[int, int], int],
+) -> Tensor:
+    """Call an op in the manner of ``F.conv2d``: numbers or pairs, "same" or "valid", batch dimension optional."""
+    x, weight, *rest = arguments
+    stride, padding, dilation, groups = window
+    if padding == "same" and pair(stride) != (1, 1):
+        raise ValueError("padding='same' needs stride 1")
+    left, right, top, bottom = pad_amounts(padding, (weight.shape[-2], weight.shape[-1]), pair(dilation))
+    batched = x if x.dim() == 4 else x.unsqueeze(0)
+    if (left, top) != (right, bottom):
+        batched, left, top = F.pad(batched, [left, right, top, bottom]), 0, 0
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    rest = [torch.tensor(r, dtype=dtype, device=weight.device) if type(r) is float else r for r in rest]
+    out: Tensor = op(batched, weight, *rest, pair(stride), (top, left), pair(dilation), groups)
+    return out if x.dim() == 4 else out.squeeze(0)

@@ -1,0 +1,299 @@
+"""The layer all kernels share: geometry, constants, starts, fusing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from convsurgery.errors import ConvSurgeryError
+from convsurgery.geometry import ConvGeometry, Cost, Site, pair
+from convsurgery.operators.base import Built, Start
+
+__all__ = ["Kervolution2d", "distance_cost", "learnable_cost", "power_of_two"]
+
+#: A BatchNorm takes over per-channel gains only while they lie within this factor of each other; beyond it, dead
+#: filters would meet a much smaller epsilon in training than they had.
+_ABSORB_SPREAD = 256.0
+
+
+class Kervolution2d(nn.Module):
+    r"""Base of the kervolution layers: :math:`y_o = g_o\,[κ(x, a_o w_o) − κ_0] + b_o` over every window.
+
+    The options are those of :class:`torch.nn.Conv2d` (Wang et al., 2019, §3.4); the bias stands outside the kernel.
+    ``gain`` g, ``scale`` a and ``offset`` (added to the bias) are constants of the layer, not parameters: absent (1, 1,
+    0) in the paper's own form, set by the neutral start. With ``centered`` the response κ₀ = κ(0, w) to an empty window
+    is subtracted, in a form that does not cancel.
+
+    Shapes:
+        input (N, C_in, H, W) or (C_in, H, W); output as :class:`torch.nn.Conv2d` gives it.
+    """
+
+    #: name of the hyperparameter tensor, or "" for a kernel without one
+    hyper_name: ClassVar[str] = ""
+    constants: ClassVar[tuple[str, ...]] = ("scale", "gain", "offset")
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+    gain: Tensor | None
+    offset: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        centered: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        # A meta Conv2d checks every option with torch's own messages and allocates nothing.
+        template = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,  # type: ignore[arg-type]
+            device="meta",
+        )
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride, self.dilation = pair(kernel_size), pair(stride), pair(dilation)
+        self.padding = padding if isinstance(padding, str) else pair(padding)
+        self.padding_mode = padding_mode
+        self.centered = centered
+        self.geometry = ConvGeometry.of(template)
+        self.weight = nn.Parameter(torch.empty(template.weight.shape, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        for name in self.constants:
+            self.register_buffer(name, None)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw weights and bias as :class:`torch.nn.Conv2d` does."""
+        bound = 1 / math.sqrt(max(1, self.geometry.patch))
+        for parameter in (self.weight, self.bias):
+            if parameter is not None and not parameter.is_meta:
+                with torch.no_grad():
+                    drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+                    parameter.copy_(drawn)
+
+    # -- hyperparameter: positive, one value or one for each output channel
+
+    def set_hyper(self, value: Tensor, learnable: bool | str) -> None:
+        """Store the hyperparameter: as it is when fixed, as its logarithm when learnable, so that it stays positive."""
+        name = self.hyper_name
+        for stale in (name, f"log_{name}"):
+            self._buffers.pop(stale, None)
+            self._parameters.pop(stale, None)
+        if learnable == "channel":
+            value = value.expand(self.out_channels).clone()
+        if learnable:
+            log = nn.Parameter(value.log(), requires_grad=self.weight.requires_grad)
+            self.register_parameter(f"log_{name}", log)
+        else:
+            self.register_buffer(name, value)
+
+    def hyper(self) -> Tensor:
+        """The hyperparameter's present value, () or (C_out,)."""
+        log = self._parameters.get(f"log_{self.hyper_name}")
+        value = self._buffers[self.hyper_name] if log is None else log.exp()
+        assert value is not None
+        return value
+
+    # -- forward
+
+    def kernel(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+        """The torch op of this kernel on a padded input."""
+        raise NotImplementedError
+
+    def window(self, padding: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+        """The last arguments of every kernel's op."""
+        return self.stride, padding, self.dilation, self.groups
+
+    def full_bias(self) -> Tensor | None:
+        if self.offset is None or self.bias is None:
+            return self.bias if self.offset is None else self.offset
+        return self.bias + self.offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            out: Tensor = self.forward(x.unsqueeze(0)).squeeze(0)
+            return out
+        left, right, top, bottom = self.geometry.padding
+        if self.padding_mode == "zeros" and left == right and top == bottom:
+            return self.kernel(x, (top, left))
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return self.kernel(F.pad(x, [left, right, top, bottom], mode), (0, 0))
+
+    # -- starts
+
+    @classmethod
+    def like(cls, conv: nn.Conv2d | Kervolution2d, *, centered: bool, **options: Any) -> Self:
+        """A layer with the geometry, mode and very Parameter objects of ``conv``."""
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            pair(conv.kernel_size),
+            pair(conv.stride),
+            conv.padding,  # type: ignore[arg-type]
+            pair(conv.dilation),
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            centered=centered,
+            device="meta",
+            **options,
+        )
+        layer.weight, layer.bias = conv.weight, conv.bias
+        if cls.hyper_name:
+            layer._buffers[cls.hyper_name] = None  # the caller sets it, on the right device
+        return layer.train(conv.training)
+
+    def constant(self, value: Tensor | float) -> Tensor:
+        """A constant on the weight's device, in at least float32."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return torch.as_tensor(value, dtype=torch.float64).to(dtype).to(self.weight.device)
+
+    def begin(self, start: Start, neutral: Callable[[], Tensor] | None, *, absorb: bool) -> Built:
+        """Finish a start: ``neutral`` sets scale and hyperparameter and returns the gain that undoes them.
+
+        With ``absorb`` the power of two nearest to the gains stays here, so that the output keeps the convolution's
+        magnitude also in half precision, and the per-channel rest is left to the BatchNorm.
+        """
+        if start.name == "random":
+            self.redraw(int(start.value or 0))
+        if start.name != "neutral" or neutral is None:
+            return Built(self)
+        gain = neutral()
+        if absorb and float(gain.max() / gain.min()) <= _ABSORB_SPREAD:
+            kept = power_of_two(float(gain.log2().mean().exp2()))
+            self.gain = self.constant(kept)
+            residual = (kept / gain).expand(self.out_channels).clone()
+            return Built(self, None if bool((residual == 1).all()) else residual)
+        self.gain = self.constant(gain)
+        return Built(self)
+
+    def redraw(self, seed: int) -> None:
+        """New random parameters in place of the convolution's, which are left as they are."""
+        for name in ("weight", "bias"):
+            old = getattr(self, name)
+            if old is not None:
+                setattr(self, name, nn.Parameter(torch.empty_like(old), requires_grad=old.requires_grad))
+        self.reset_parameters(torch.Generator().manual_seed(seed))
+
+    # -- deployment
+
+    def fuse(self) -> Self:
+        """This layer with its constants folded: scale into the filters, offset into the bias, nothing learnable.
+
+        Computes the same up to rounding; timm's ``reparameterize_model`` finds it by this name. Half-precision layers
+        keep their scale, which their filters could not hold.
+        """
+        fused = type(self).like(self, centered=self.centered)
+        weight, bias = self.weight.detach(), self.full_bias()
+        fold = self.scale is not None and weight.dtype in (torch.float32, torch.float64)
+        if fold and self.scale is not None:
+            weight = weight * (self.scale if self.scale.dim() == 0 else self.scale.view(-1, 1, 1, 1))
+        else:
+            fused.scale = self.scale
+        fused.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        fused.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        if self.gain is not None:
+            fused.gain = self.gain.expand(self.out_channels).clone()
+        if self.hyper_name:
+            fused.set_hyper(self.hyper().detach().clone(), learnable=False)
+        return fused
+
+    def absorb_affine(self, gain: Tensor, bias: Tensor) -> None:
+        """Follow this layer by ``gain · y + bias`` (both (C_out,)), folded into its own constants."""
+        old_bias = self.full_bias()
+        old_gain = gain.new_ones(()) if self.gain is None else self.gain.to(gain.dtype)
+        total = bias if old_bias is None else bias + gain * old_bias.detach()
+        self.gain = self.constant(old_gain * gain)
+        self.offset = None
+        self.bias = nn.Parameter(total.to(self.weight), requires_grad=False)
+
+    # -- state: constants may be absent, scalars or vectors, and the file decides
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        names = [*self.constants, *([self.hyper_name] if self.hyper_name in self._buffers else [])]
+        for name in names:
+            stored, own = state_dict.get(prefix + name), self._buffers[name]
+            if stored is None:
+                if name in self.constants:
+                    self._buffers[name] = None
+            elif own is None or own.shape != stored.shape:
+                self._buffers[name] = torch.empty_like(stored, device=self.weight.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # ``half()`` must not reach the constants: a neutral gain or γ lies outside float16.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def extra_repr(self) -> str:
+        g = self.geometry
+        text = f"{g.in_channels}, {g.out_channels}, kernel_size={g.kernel_size}, stride={g.stride}"
+        if self.padding not in ((0, 0), "valid"):
+            text += f", padding={self.padding}"
+        if g.dilation != (1, 1):
+            text += f", dilation={g.dilation}"
+        if g.groups != 1:
+            text += f", groups={g.groups}"
+        if self.bias is None:
+            text += ", bias=False"
+        if g.padding_mode != "zeros":
+            text += f", padding_mode={g.padding_mode}"
+        if self.hyper_name:
+            learnable = f"log_{self.hyper_name}" in self._parameters
+            value = self.hyper()
+            shown = "meta" if value.is_meta else f"{value.item():.4g}" if value.dim() == 0 else "per channel"
+            text += f", {self.hyper_name}={shown}" + (", learnable" if learnable else "")
+        return text + (", centered" if self.centered else "")
+
+
+def learnable_cost(site: Site, learnable: bool | str, base: Cost) -> Cost:
+    """``base`` with the parameters of a learnable hyperparameter: one, or one per output channel."""
+    extra = site.geometry.out_channels if learnable == "channel" else int(bool(learnable))
+    return Cost(base.params + extra, base.macs)
+
+
+def distance_cost(site: Site) -> Cost:
+    """A convolution's cost and that of ‖x‖² under the window: a sum over channels, then over the window."""
+    g, base = site.geometry, site.cost
+    pixels = 0 if site.input_shape is None else site.input_shape[-1] * site.input_shape[-2] * site.calls
+    window = g.groups * g.kernel_size[0] * g.kernel_size[1] * site.positions
+    return Cost(base.params, base.macs + g.in_channels * pixels + window)
+
+
+def power_of_two(value: float) -> float:
+    """The power of two nearest to a positive number, by ratio."""
+    if not (value > 0 and math.isfinite(value)):
+        raise ConvSurgeryError(f"no power of two is near {value}")
+    return 2.0 ** round(math.log2(value))

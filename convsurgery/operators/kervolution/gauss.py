@@ -1,0 +1,210 @@
+"""Gaussian kervolution: exp(−γ‖x − w‖²), Wang et al. 2019, eq. 11."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from convsurgery.geometry import Cost, Site
+from convsurgery.operators.base import Built, OperatorConfig, Start, option, register_operator
+from convsurgery.operators.kervolution import _onnx as text
+from convsurgery.operators.kervolution._call import define, functional_call
+from convsurgery.operators.kervolution._conv import (
+    Window,
+    add_by_group,
+    affine,
+    exact_inner,
+    inner,
+    no_grad_needed,
+    result_dtype,
+    squared_norm,
+    window_squares,
+)
+from convsurgery.operators.kervolution._layer import Kervolution2d, distance_cost, learnable_cost, power_of_two
+from convsurgery.operators.onnx import NodeForm, OnnxFunction
+
+__all__ = ["GaussKervolution2d", "KervGauss", "kerv_gauss"]
+
+
+def _op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    gain: Tensor | None,
+    scale: Tensor | None,
+    centered: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    dtype = result_dtype(x)
+    window = Window(stride, padding, dilation, groups)
+    fresh = no_grad_needed(x, weight, bias, gamma, gain, scale)
+    # −γ‖x − w‖² = 2γ wᵀx − γ‖w‖² − γ‖x‖². Centred, the filter's term is factored out:
+    # e^(A + B) − e^B = e^B · expm1(A).
+    factor = 2 * gamma if scale is None else 2 * gamma * scale
+    height = -gamma * squared_norm(weight)
+    if scale is not None:
+        height = height * scale.square()
+    cross = inner(x, weight, window, factor) if centered else exact_inner(x, weight, window, factor, add=height)
+    exponent = add_by_group(cross, -gamma.to(cross.dtype), window_squares(x, weight, window), fresh)
+    if centered:
+        y = exponent.expm1_() if fresh else exponent.expm1()
+        peak = height.exp()
+        return affine(y, peak if gain is None else peak * gain, bias, fresh).to(dtype)
+    # A squared distance is never negative, also after rounding.
+    y = exponent.clamp_max_(0).exp_() if fresh else exponent.clamp_max(0).exp()
+    return affine(y, gain, bias, fresh).to(dtype)
+
+
+define("kerv_gauss", "Tensor gamma", "", _op)
+
+
+def kerv_gauss(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: str | int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    gamma: float | Tensor,
+    centered: bool = False,
+    gain: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Gaussian kervolution, ``exp(−gamma · ‖x − w‖²) + bias`` for every window.
+
+    Wang et al., *Kervolutional Neural Networks* (2019), eq. 11; gradients eq. 13a and 13b. The distance is expanded to
+    ``‖x‖² + ‖w‖² − 2wᵀx``: one convolution, and one with a single channel. Shapes, options and constants as
+    :func:`~convsurgery.functional.kerv_poly`; ``centered`` subtracts ``exp(−gamma · ‖w‖²)`` by way of ``expm1``.
+
+    Args:
+        gamma: γ > 0, a number or a tensor of shape () or (C_out,).
+
+    Raises:
+        ValueError: for a number gamma that is not above 0.
+
+    Example:
+        >>> import torch, convsurgery.functional as CF
+        >>> w = torch.randn(4, 3, 3, 3)
+        >>> CF.kerv_gauss(w, w, gamma=0.1).flatten(1).diagonal()  # the distance of a filter to itself is 0
+        tensor([1., 1., 1., 1.])
+    """
+    if isinstance(gamma, (int, float)) and not gamma > 0:
+        raise ValueError(f"gamma must be above 0, not {gamma}")
+    return functional_call(
+        torch.ops.convsurgery.kerv_gauss,
+        (input, weight, bias, gamma, gain, scale, centered),
+        (stride, padding, dilation, groups),
+    )
+
+
+class GaussKervolution2d(Kervolution2d):
+    """Layer form of :func:`kerv_gauss`; options as :class:`torch.nn.Conv2d`, and the kernel's.
+
+    ``gamma`` is 1 over the number of values under the window when not given: for inputs and filters of unit variance
+    the exponent is then of order 1. ``learnable`` trains it: ``True`` one for the layer, ``"channel"`` one for each
+    output channel.
+    """
+
+    hyper_name = "gamma"
+
+    def __init__(self, *args: Any, gamma: float | None = None, learnable: bool | str = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = KervGauss(gamma=gamma, learnable=learnable)
+        self.set_hyper(self.constant(config.gamma or 1 / self.geometry.patch), learnable)
+
+    def kernel(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+        out: Tensor = torch.ops.convsurgery.kerv_gauss(
+            x,
+            self.weight,
+            self.full_bias(),
+            self.hyper(),
+            self.gain,
+            self.scale,
+            self.centered,
+            *self.window(padding),
+        )
+        return out
+
+
+def _body(form: NodeForm) -> list[str]:
+    lines = [text.number("two", 2.0), "minus_gamma = Neg (gamma)", "two_gamma = Mul (two, gamma)"]
+    # The factor 2γ goes into the filters, where a runtime folds it.
+    lines += ["filter_shape = Constant <value_ints = [-1, 1, 1, 1]> ()", "factor = Reshape (two_gamma, filter_shape)"]
+    lines += ["w_scaled = Mul (W, factor)", text.conv("cross", "X", "w_scaled")]
+    lines += [*text.squared_norms(), text.channel("height_factor", "minus_gamma"), "height = Mul (height_factor, ww)"]
+    lines += text.window_squares(form)
+    if form.centered:
+        lines += text.add_window_map("exponent", "cross", "minus_gamma", form)
+        # expm1(a) = 2 tanh(a/2) / (1 − tanh(a/2)): ONNX has no expm1. a is bounded above by γ‖w‖².
+        lines += [text.number("half", 0.5), text.number("unit", 1.0), "a_half = Mul (exponent, half)"]
+        lines += ["th = Tanh (a_half)", "below = Sub (unit, th)", "ratio = Div (th, below)"]
+        lines += ["peak = Exp (height)", "peak_two = Mul (peak, two)", "y = Mul (ratio, peak_two)"]
+    else:
+        lines.append("s = Add (cross, height)")
+        lines += text.add_window_map("exponent", "s", "minus_gamma", form)
+        lines += [text.number("nil", 0.0), "bounded = Min (exponent, nil)", "y = Exp (bounded)"]
+    return text.statements(lines, text.affine("y", form))
+
+
+@register_operator("kerv-gauss")
+@dataclass(frozen=True)
+class KervGauss(OperatorConfig):
+    """Gaussian kervolution as a rule's target: ``kerv-gauss(gamma=0.1, learnable=true)``.
+
+    Without ``gamma`` the start chooses it. The neutral start has to, so giving ``gamma`` means starting by copy.
+    """
+
+    summary: ClassVar[str] = "Gaussian of the distance between window and filter"
+    formula: ClassVar[str] = "exp(−γ‖x − w‖²)"
+    source: ClassVar[str] = "Wang et al. 2019, eq. 11"
+    starts: ClassVar[dict[str, str]] = {"neutral": "approximate", "copy": "none", "random": "none"}
+    default_eps: ClassVar[float] = 2.0**-21
+    onnx: ClassVar[OnnxFunction] = OnnxFunction(
+        "GaussKervolution2d",
+        "kerv_gauss",
+        ("input", "weight", "bias", "gamma", "gain"),
+        ("centered",),
+        text.traits,
+        _body,
+    )
+
+    gamma: float | None = option(
+        None, "width γ > 0; chosen by the start when absent", kind=float, above=0, choices=(None,)
+    )
+    learnable: bool | str = option(
+        False, "train γ: one for the layer, or one per channel", kind=bool, choices=("channel",)
+    )
+
+    def refuses_start(self, start: str) -> str | None:
+        if start == "neutral" and self.gamma is not None:
+            return "the neutral start chooses gamma itself; leave gamma out"
+        return None
+
+    def cost(self, site: Site) -> Cost:
+        return learnable_cost(site, self.learnable, distance_cost(site))
+
+    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool) -> Built:
+        layer = GaussKervolution2d.like(conv, centered=start.name == "neutral")
+        layer.set_hyper(layer.constant(self.gamma or 1 / layer.geometry.patch), self.learnable)
+
+        def neutral() -> Tensor:
+            # γ = κε² and filters w/(2κε), κ the largest ‖w_o‖² (here up to the next power of two, so that scaling
+            # the filters is exact): exp(−γ‖x − w'‖²) = e^(−‖w‖²/4κ) · exp(εwᵀx − κε²‖x‖²).
+            eps = power_of_two(start.value or self.default_eps)
+            norms = conv.weight.detach().double().square().sum((1, 2, 3))
+            kappa = 2.0 ** math.ceil(math.log2(max(float(norms.max()), 2.0**-60)))
+            layer.scale = layer.constant(1 / (2 * kappa * eps))
+            layer.set_hyper(layer.constant(kappa * eps**2), self.learnable)
+            return (norms / (4 * kappa)).exp() / eps
+
+        return layer.begin(start, neutral, absorb=absorb)

@@ -1,0 +1,303 @@
+"""Manhattan kervolution: ‖x − w‖₁, Wang et al. 2019, eq. 9a."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convsurgery.operators.base import Built, OperatorConfig, Start, register_operator
+from convsurgery.operators.kervolution import _onnx as text
+from convsurgery.operators.kervolution._call import LIBRARY, functional_call, schema
+from convsurgery.operators.kervolution._conv import affine, no_grad_needed, result_dtype, widened
+from convsurgery.operators.kervolution._layer import Kervolution2d
+from convsurgery.operators.onnx import NodeForm, OnnxFunction
+
+__all__ = ["KervL1", "L1Kervolution2d", "kerv_l1"]
+
+#: Values in one block of windows; the working memory of the forward and backward pass is a small multiple of this.
+BLOCK = 1 << 18
+
+
+def _output_size(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any) -> tuple[int, int]:
+    height, width = (
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (w.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    )
+    return height, width
+
+
+def _windows(padded: Tensor, w: Tensor, size: tuple[int, int], stride: Any, dilation: Any, group: int) -> Tensor:
+    """View of one group's windows, (N, H_out, W_out, C_in/groups, kh, kw); nothing is copied."""
+    channels = w.shape[1]
+    x = padded.narrow(1, group * channels, channels)
+    n, c, h, v = x.stride()
+    shape = (x.shape[0], *size, channels, w.shape[2], w.shape[3])
+    strides = (n, h * stride[0], v * stride[1], c, h * dilation[0], v * dilation[1])
+    return x.as_strided(shape, strides)
+
+
+def _blocks(images: int, size: tuple[int, int], patch: int) -> Iterator[tuple[int, slice]]:
+    """Image and rows of each block of about ``BLOCK`` window values, at least one row."""
+    rows = max(1, BLOCK // max(1, size[1] * patch))
+    for image in range(images):
+        for top in range(0, size[0], rows):
+            yield image, slice(top, min(top + rows, size[0]))
+
+
+def _distance(x: Tensor, w: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Tensor:
+    size = _output_size(x, w, stride, padding, dilation)
+    out = x.new_empty((x.shape[0], w.shape[0], *size))
+    padded = F.pad(x, [padding[1], padding[1], padding[0], padding[0]])
+    filters = w.flatten(1).chunk(groups)
+    results = out.unflatten(1, (groups, w.shape[0] // groups))
+    for group in range(groups):
+        windows = _windows(padded, w, size, stride, dilation, group)
+        for image, rows in _blocks(x.shape[0], size, filters[group].shape[1]):
+            block = windows[image, rows].flatten(2)
+            distances = torch.cdist(block.flatten(0, 1), filters[group], p=1.0)
+            results[image, group, :, rows] = distances.t().unflatten(1, block.shape[:2])
+    return out
+
+
+def _distance_backward(
+    grad: Tensor, x: Tensor, w: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> tuple[Tensor, Tensor]:
+    """∂/∂w = −Σ sign(x − w)·grad and ∂/∂x = Σ sign(x − w)·grad, block by block."""
+    size = (grad.shape[2], grad.shape[3])
+    padded = F.pad(x, [padding[1], padding[1], padding[0], padding[0]])
+    grad_padded, grad_w = torch.zeros_like(padded), torch.zeros_like(w, memory_format=torch.contiguous_format)
+    filters, grad_filters = w.flatten(1).chunk(groups), grad_w.flatten(1).chunk(groups)
+    grads = grad.unflatten(1, (groups, w.shape[0] // groups))
+    channels, kh, kw = w.shape[1:]
+    for group in range(groups):
+        windows = _windows(padded, w, size, stride, dilation, group)
+        for image, rows in _blocks(x.shape[0], size, filters[group].shape[1]):
+            block = windows[image, rows].flatten(2)
+            values = block.flatten(0, 1)
+            outer = grads[image, group, :, rows].flatten(1).contiguous()
+            # For p = 1 the distances themselves do not enter; the op wants a tensor of their shape.
+            inner = outer.t().contiguous()
+            grad_filters[group].add_(torch.ops.aten._cdist_backward(outer, filters[group], values, 1.0, outer))
+            taps = torch.ops.aten._cdist_backward(inner, values, filters[group], 1.0, inner)
+            taps = taps.unflatten(0, block.shape[:2]).unflatten(2, (channels, kh, kw)).movedim(2, 0)
+            into = grad_padded[image, group * channels : (group + 1) * channels]
+            for i in range(kh):
+                for j in range(kw):
+                    top, left = rows.start * stride[0] + i * dilation[0], j * dilation[1]
+                    bottom = top + (taps.shape[1] - 1) * stride[0] + 1
+                    right = left + (size[1] - 1) * stride[1] + 1
+                    into[:, top : bottom : stride[0], left : right : stride[1]] += taps[..., i, j]
+    inside = grad_padded[:, :, padding[0] : padding[0] + x.shape[2], padding[1] : padding[1] + x.shape[3]]
+    return inside.clone(memory_format=torch.contiguous_format), grad_w
+
+
+_WINDOW = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+LIBRARY.define(f"l1_distance(Tensor input, Tensor weight, {_WINDOW}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.define(
+    f"l1_distance_backward(Tensor grad, Tensor input, Tensor weight, {_WINDOW}) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.impl("l1_distance", _distance, "CompositeExplicitAutograd")
+LIBRARY.impl("l1_distance_backward", _distance_backward, "CompositeExplicitAutograd")
+
+
+def _distance_fake(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
+    return x.new_empty((x.shape[0], w.shape[0], *_output_size(x, w, stride, padding, dilation)))
+
+
+def _distance_backward_fake(grad: Tensor, x: Tensor, w: Tensor, *window: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), w.new_empty(w.shape)
+
+
+torch.library.register_fake("convsurgery::l1_distance", _distance_fake, lib=LIBRARY)
+torch.library.register_fake("convsurgery::l1_distance_backward", _distance_backward_fake, lib=LIBRARY)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1])
+    ctx.window = inputs[2:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, w = ctx.saved_tensors
+    grad_x, grad_w = torch.ops.convsurgery.l1_distance_backward(grad, x, w, *ctx.window)
+    return grad_x, grad_w, None, None, None, None
+
+
+torch.library.register_autograd("convsurgery::l1_distance", _backward, setup_context=_save, lib=LIBRARY)
+
+
+def _op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    scale: Tensor | None,
+    centered: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    fresh = no_grad_needed(x, weight, bias, gain, scale)
+    w = widened(weight)
+    if scale is not None:
+        w = w * (scale if scale.dim() == 0 else scale.view(-1, 1, 1, 1))
+    y = torch.ops.convsurgery.l1_distance(widened(x), w, stride, padding, dilation, groups)
+    if centered:
+        y = y - w.abs().sum((1, 2, 3)).view(-1, 1, 1)
+    return affine(y, gain, bias, fresh).to(result_dtype(x))
+
+
+LIBRARY.define("kerv_l1" + schema("", ""), tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.impl("kerv_l1", _op, "CompositeImplicitAutograd")
+
+
+def kerv_l1(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: str | int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    centered: bool = False,
+    gain: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Manhattan kervolution, ``‖x − w‖₁ + bias`` for every window.
+
+    Wang et al., *Kervolutional Neural Networks* (2019), eq. 9a. No convolution computes it: blocks of rows of windows
+    go through :func:`torch.cdist`, so that working memory is one block, whatever the image or the number of filters.
+    Many times slower than a convolution (see docs/performance.md). Shapes, options and constants as
+    :func:`~convsurgery.functional.kerv_poly`.
+
+    Example:
+        >>> import torch, convsurgery.functional as CF
+        >>> CF.kerv_l1(torch.zeros(1, 1, 2, 2), torch.ones(2, 1, 2, 2)).flatten()
+        tensor([4., 4.])
+    """
+    return functional_call(
+        torch.ops.convsurgery.kerv_l1,
+        (input, weight, bias, gain, scale, centered),
+        (stride, padding, dilation, groups),
+    )
+
+
+class L1Kervolution2d(Kervolution2d):
+    """Layer form of :func:`kerv_l1`; options as :class:`torch.nn.Conv2d`."""
+
+    def kernel(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+        out: Tensor = torch.ops.convsurgery.kerv_l1(
+            x, self.weight, self.full_bias(), self.gain, self.scale, self.centered, *self.window(padding)
+        )
+        return out
+
+
+def _body(form: NodeForm) -> list[str]:
+    """A Loop over the values under the window: each adds |x_tap − w_tap| to (N, groups, C_out/groups, H, W)."""
+    lines = [
+        "pads = Constant <value_ints: ints = @pads> ()",
+        "strides = Constant <value_ints: ints = @strides> ()",
+        "dilations = Constant <value_ints: ints = @dilations> ()",
+        "group_count = Constant <value_int: int = @group> ()",
+        "zeros2 = Constant <value_ints = [0, 0]> ()",
+        "i0 = Constant <value_ints = [0]> ()",
+        "i1 = Constant <value_ints = [1]> ()",
+        "i2 = Constant <value_ints = [2]> ()",
+        "i4 = Constant <value_ints = [4]> ()",
+        "minus1 = Constant <value_ints = [-1]> ()",
+        "axes = Constant <value_ints = [1, 2, 3]> ()",
+        "pads_begin = Slice (pads, i0, i2)",
+        "pads_end = Slice (pads, i2, i4)",
+        "pads_full = Concat <axis = 0> (zeros2, pads_begin, zeros2, pads_end)",
+        text.number("nil", 0.0),
+        "padded = Pad (X, pads_full, nil)",
+        "group_row = Reshape (group_count, i1)",
+        "batch = Shape <start = 0, end = 1> (X)",
+        "padded_size = Shape <start = 2> (padded)",
+        "padded_channels = Shape <start = 1, end = 2> (padded)",
+        "w_channels = Shape <start = 1, end = 2> (W)",
+        "w_size = Shape <start = 2> (W)",
+        "w_width = Shape <start = 3> (W)",
+        "w_less = Sub (w_size, i1)",
+        "reach = Mul (dilations, w_less)",
+        "room_plus = Sub (padded_size, reach)",
+        "room = Sub (room_plus, i1)",
+        "steps_less = Div (room, strides)",
+        "size = Add (steps_less, i1)",
+        "span_less = Mul (steps_less, strides)",
+        "span = Add (span_less, i1)",
+        "area = ReduceProd <keepdims = 1> (w_size)",
+        "taps_row = Mul (area, w_channels)",
+        "taps = Squeeze (taps_row)",
+        "filter_rows = Flatten <axis = 1> (W)",
+        "by_tap = Transpose <perm = [1, 0]> (filter_rows)",
+        "filters_shape = Concat <axis = 0> (group_row, minus1, i1, i1)",
+        "out_channels = Shape <start = 0, end = 1> (W)",
+        "group_filters = Div (out_channels, group_row)",
+        "sum_shape = Concat <axis = 0> (batch, group_row, group_filters, size)",
+        "empty = Expand (nil, sum_shape)",
+        "slice_steps = Concat <axis = 0> (w_channels, strides)",
+        "always = Constant <value_int = 1> ()",
+        "yes = Cast <to = 9> (always)",
+    ]
+    loop = [
+        "tap_row = Reshape (tap, i1)",
+        "channel = Div (tap_row, area)",
+        "inside = Mod (tap_row, area)",
+        "row = Div (inside, w_width)",
+        "column = Mod (inside, w_width)",
+        "place = Concat <axis = 0> (row, column)",
+        "begin_space = Mul (place, dilations)",
+        "end_space = Add (begin_space, span)",
+        "begin = Concat <axis = 0> (channel, begin_space)",
+        "end = Concat <axis = 0> (padded_channels, end_space)",
+        "x_tap = Slice (padded, begin, end, axes, slice_steps)",
+        "x_groups = Unsqueeze (x_tap, i2)",
+        "w_flat = Gather <axis = 0> (by_tap, tap)",
+        "w_tap = Reshape (w_flat, filters_shape)",
+        "difference = Sub (x_groups, w_tap)",
+        "distance = Abs (difference)",
+        "sum_out = Add (sum_in, distance)",
+        "going = Identity (go)",
+    ]
+    body = "{ " + " ".join(loop) + " }"
+    lines.append(
+        "sums = Loop (taps, yes, empty) <body = per_tap (int64 tap, bool go, float[n, g, c, h, w] sum_in)"
+        f" => (bool going, float[n, g, c, h, w] sum_out) {body}>"
+    )
+    lines += ["y_shape = Concat <axis = 0> (batch, out_channels, size)", "dist = Reshape (sums, y_shape)"]
+    result = "dist"
+    if form.centered:
+        lines += ["w_abs = Abs (W)", "w_axes = Constant <value_ints = [1, 2, 3]> ()"]
+        lines += ["w_sums = ReduceSum <keepdims = 0> (w_abs, w_axes)", text.channel("w_map", "w_sums")]
+        lines.append("centred = Sub (dist, w_map)")
+        result = "centred"
+    return text.statements(lines, text.affine(result, form))
+
+
+@register_operator("kerv-l1")
+@dataclass(frozen=True)
+class KervL1(OperatorConfig):
+    """Manhattan kervolution as a rule's target: ``kerv-l1``.
+
+    It has no neutral setting: for large filters it sees only their signs. With calibration data, a per-channel affine
+    is fitted to the convolution's output.
+    """
+
+    summary: ClassVar[str] = "Manhattan distance between window and filter"
+    formula: ClassVar[str] = "‖x − w‖₁"
+    source: ClassVar[str] = "Wang et al. 2019, eq. 9a"
+    starts: ClassVar[dict[str, str]] = {"copy": "none", "random": "none"}
+    onnx: ClassVar[OnnxFunction] = OnnxFunction(
+        "L1Kervolution2d", "kerv_l1", ("input", "weight", "bias", "gain"), ("centered",), text.traits, _body
+    )
+
+    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool) -> Built:
+        return L1Kervolution2d.like(conv, centered=False).begin(start, None, absorb=absorb)

@@ -1,0 +1,159 @@
+"""Euclidean kervolution: ‖x − w‖₂, Wang et al. 2019, eq. 9b."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from convsurgery.geometry import Cost, Site
+from convsurgery.operators.base import Built, OperatorConfig, Start, register_operator
+from convsurgery.operators.kervolution import _onnx as text
+from convsurgery.operators.kervolution._call import define, functional_call
+from convsurgery.operators.kervolution._conv import (
+    Window,
+    add_by_group,
+    affine,
+    exact_inner,
+    inner,
+    no_grad_needed,
+    per_channel,
+    result_dtype,
+    root,
+    squared_norm,
+    window_squares,
+)
+from convsurgery.operators.kervolution._layer import Kervolution2d, distance_cost, power_of_two
+from convsurgery.operators.onnx import NodeForm, OnnxFunction
+
+__all__ = ["KervL2", "L2Kervolution2d", "kerv_l2"]
+
+
+def _op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    scale: Tensor | None,
+    centered: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    dtype = result_dtype(x)
+    window = Window(stride, padding, dilation, groups)
+    fresh = no_grad_needed(x, weight, bias, gain, scale)
+    ww = squared_norm(weight)
+    factor = ww.new_full((), -2.0)
+    if scale is not None:
+        ww, factor = ww * scale.square(), scale * -2
+    xx = window_squares(x, weight, window)
+    if not centered:
+        squares = add_by_group(exact_inner(x, weight, window, factor, add=ww), None, xx, fresh)
+        return affine(root(squares, fresh), gain, bias, fresh).to(dtype)
+    # √(q + ‖w‖²) − ‖w‖ = q / (√(q + ‖w‖²) + ‖w‖) with q = ‖x‖² − 2wᵀx.
+    q = add_by_group(inner(x, weight, window, factor), None, xx, fresh)
+    distance = root(q + per_channel(ww), fresh)
+    norm = per_channel(root(ww, fresh))
+    # Both are 0 only for an empty filter over an empty window, where q is 0 too.
+    below = distance.add_(norm).clamp_min_(TINY) if fresh else (distance + norm).clamp_min(TINY)
+    y = q.div_(below) if fresh else q / below
+    return affine(y, gain, bias, fresh).to(dtype)
+
+
+TINY = torch.finfo(torch.float32).tiny
+
+define("kerv_l2", "", "", _op)
+
+
+def kerv_l2(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: str | int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    centered: bool = False,
+    gain: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Euclidean kervolution, ``‖x − w‖₂ + bias`` (the root taken) for every window.
+
+    Wang et al., *Kervolutional Neural Networks* (2019), eq. 9b. The distance is expanded to ``‖x‖² + ‖w‖² − 2wᵀx``: one
+    convolution, and one with a single channel. Where a window equals a filter the gradient, infinite in truth, is 0.
+    Shapes, options and constants as :func:`~convsurgery.functional.kerv_poly`; ``centered`` subtracts ``‖w‖``.
+
+    Example:
+        >>> import torch, convsurgery.functional as CF
+        >>> w = torch.ones(2, 1, 2, 2)
+        >>> CF.kerv_l2(torch.zeros(1, 1, 2, 2), w).flatten()  # √(1 + 1 + 1 + 1)
+        tensor([2., 2.])
+    """
+    return functional_call(
+        torch.ops.convsurgery.kerv_l2,
+        (input, weight, bias, gain, scale, centered),
+        (stride, padding, dilation, groups),
+    )
+
+
+class L2Kervolution2d(Kervolution2d):
+    """Layer form of :func:`kerv_l2`; options as :class:`torch.nn.Conv2d`."""
+
+    def kernel(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+        out: Tensor = torch.ops.convsurgery.kerv_l2(
+            x, self.weight, self.full_bias(), self.gain, self.scale, self.centered, *self.window(padding)
+        )
+        return out
+
+
+def _body(form: NodeForm) -> list[str]:
+    lines = [text.number("minus_two", -2.0), "w_scaled = Mul (W, minus_two)", text.conv("cross", "X", "w_scaled")]
+    lines += [*text.squared_norms(), *text.window_squares(form), text.number("nil", 0.0)]
+    if form.centered:
+        lines += text.add_window_map("q", "cross", "one", form)
+        lines += ["sum = Add (q, ww)", "bounded = Max (sum, nil)", "distance = Sqrt (bounded)"]
+        lines += ["norm = Sqrt (ww)", "total = Add (distance, norm)", text.number("tiny", TINY)]
+        lines += ["below = Max (total, tiny)", "y = Div (q, below)"]
+    else:
+        lines.append("s = Add (cross, ww)")
+        lines += text.add_window_map("sum", "s", "one", form)
+        lines += ["bounded = Max (sum, nil)", "y = Sqrt (bounded)"]
+    return text.statements(lines, text.affine("y", form))
+
+
+@register_operator("kerv-l2")
+@dataclass(frozen=True)
+class KervL2(OperatorConfig):
+    """Euclidean kervolution as a rule's target: ``kerv-l2``."""
+
+    summary: ClassVar[str] = "Euclidean distance between window and filter"
+    formula: ClassVar[str] = "‖x − w‖₂"
+    source: ClassVar[str] = "Wang et al. 2019, eq. 9b"
+    starts: ClassVar[dict[str, str]] = {"neutral": "approximate", "copy": "none", "random": "none"}
+    default_eps: ClassVar[float] = 2.0**-20
+    onnx: ClassVar[OnnxFunction] = OnnxFunction(
+        "L2Kervolution2d", "kerv_l2", ("input", "weight", "bias", "gain"), ("centered",), text.traits, _body
+    )
+
+    def cost(self, site: Site) -> Cost:
+        return distance_cost(site)
+
+    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool) -> Built:
+        layer = L2Kervolution2d.like(conv, centered=start.name == "neutral")
+
+        def neutral() -> Tensor:
+            # Filters −w/(ε‖w‖), at distance 1/ε: ‖x − w'‖ ≈ 1/ε + wᵀx/‖w‖. The norm is rounded up to a power of two
+            # in the scale, so that scaling is exact, and kept in full in the gain. A dead filter is given a small
+            # norm: its output stays near the 0 it was.
+            eps = power_of_two(start.value or self.default_eps)
+            norms = conv.weight.detach().double().square().sum((1, 2, 3)).sqrt()
+            norms = norms.clamp_min(max(1e-6 * float(norms.max()), 2.0**-40))
+            layer.scale = layer.constant(-1 / (eps * norms.log2().ceil().exp2()))
+            return norms
+
+        return layer.begin(start, neutral, absorb=absorb)

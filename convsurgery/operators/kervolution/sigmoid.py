@@ -1,0 +1,109 @@
+"""Sigmoid kervolution: tanh(wᵀx), Wang et al. 2019, §4.1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from convsurgery.operators.base import Built, OperatorConfig, Start, register_operator
+from convsurgery.operators.kervolution import _onnx as text
+from convsurgery.operators.kervolution._call import define, functional_call
+from convsurgery.operators.kervolution._conv import Window, affine, inner, no_grad_needed, result_dtype
+from convsurgery.operators.kervolution._layer import Kervolution2d, power_of_two
+from convsurgery.operators.onnx import NodeForm, OnnxFunction
+
+__all__ = ["KervSigmoid", "SigmoidKervolution2d", "kerv_sigmoid"]
+
+
+def _op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    scale: Tensor | None,
+    centered: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    # tanh(0) = 0: the centred form is the plain one.
+    fresh = no_grad_needed(x, weight, bias, gain, scale)
+    s = inner(x, weight, Window(stride, padding, dilation, groups), scale)
+    y = s.tanh_() if fresh else s.tanh()
+    return affine(y, gain, bias, fresh).to(result_dtype(x))
+
+
+define("kerv_sigmoid", "", "", _op)
+
+
+def kerv_sigmoid(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: str | int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    gain: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Sigmoid kervolution, ``tanh(wᵀx) + bias`` for every window.
+
+    Wang et al., *Kervolutional Neural Networks* (2019), §4.1. Shapes, options and constants as
+    :func:`~convsurgery.functional.kerv_poly`; the response to an empty window is 0 already.
+
+    Example:
+        >>> import torch, convsurgery.functional as CF
+        >>> x, w = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3)
+        >>> torch.equal(CF.kerv_sigmoid(x, w), torch.nn.functional.conv2d(x, w).tanh())
+        True
+    """
+    return functional_call(
+        torch.ops.convsurgery.kerv_sigmoid,
+        (input, weight, bias, gain, scale, False),
+        (stride, padding, dilation, groups),
+    )
+
+
+class SigmoidKervolution2d(Kervolution2d):
+    """Layer form of :func:`kerv_sigmoid`; options as :class:`torch.nn.Conv2d`."""
+
+    def kernel(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+        out: Tensor = torch.ops.convsurgery.kerv_sigmoid(
+            x, self.weight, self.full_bias(), self.gain, self.scale, self.centered, *self.window(padding)
+        )
+        return out
+
+
+def _body(form: NodeForm) -> list[str]:
+    return text.statements(text.conv("s", "X", "W"), "y = Tanh (s)", text.affine("y", form))
+
+
+@register_operator("kerv-sigmoid")
+@dataclass(frozen=True)
+class KervSigmoid(OperatorConfig):
+    """Sigmoid kervolution as a rule's target: ``kerv-sigmoid``."""
+
+    summary: ClassVar[str] = "hyperbolic tangent of the convolution"
+    formula: ClassVar[str] = "tanh(wᵀx)"
+    source: ClassVar[str] = "Wang et al. 2019, §4.1"
+    starts: ClassVar[dict[str, str]] = {"neutral": "approximate", "copy": "none", "random": "none"}
+    default_eps: ClassVar[float] = 2.0**-8
+    onnx: ClassVar[OnnxFunction] = OnnxFunction(
+        "SigmoidKervolution2d", "kerv_sigmoid", ("input", "weight", "bias", "gain"), ("centered",), text.traits, _body
+    )
+
+    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool) -> Built:
+        layer = SigmoidKervolution2d.like(conv, centered=start.name == "neutral")
+
+        def neutral() -> Tensor:
+            eps = power_of_two(start.value or self.default_eps)
+            layer.scale = layer.constant(eps)
+            return torch.tensor(1 / eps, dtype=torch.float64)
+
+        return layer.begin(start, neutral, absorb=absorb)

@@ -1,0 +1,62 @@
+"""What an operator means in ONNX: one node in our domain, and a function body of standard operators.
+
+Bodies are written as ONNX text, so that this module needs no onnx; ``convsurgery.export`` parses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+__all__ = ["CONV_ATTRIBUTES", "DOMAIN", "VERSION", "NodeForm", "OnnxFunction"]
+
+DOMAIN = "ai.convsurgery"
+VERSION = 1
+
+#: torch argument of a convolution → attribute of the ONNX node (and of ONNX's own Conv)
+CONV_ATTRIBUTES = {"stride": "strides", "padding": "pads", "dilation": "dilations", "groups": "group"}
+
+
+@dataclass(frozen=True)
+class NodeForm:
+    """The traits of one node that change its body.
+
+    Attributes:
+        attributes: the node's integer attributes (``degree``, ``centered``, ``group``, ...).
+        present: names of the optional inputs that are given.
+    """
+
+    attributes: Mapping[str, int]
+    present: frozenset[str]
+
+    @property
+    def centered(self) -> bool:
+        return bool(self.attributes.get("centered"))
+
+    @property
+    def grouped(self) -> bool:
+        return self.attributes["group"] != 1
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.present
+
+
+@dataclass(frozen=True)
+class OnnxFunction:
+    """An operator's node and its body.
+
+    Attributes:
+        op_type: the node's type in domain ``ai.convsurgery``.
+        torch_op: name of the op in ``torch.ops.convsurgery`` that becomes the node.
+        inputs: the op's tensor arguments, in order; the torch op and the node share their names.
+        attributes: the op's integer arguments besides those of a convolution.
+        overload: a word for every :class:`NodeForm` with a body of its own.
+        body: ONNX text of the statements that compute ``Y`` from the inputs.
+    """
+
+    op_type: str
+    torch_op: str
+    inputs: tuple[str, ...]
+    attributes: tuple[str, ...]
+    overload: Callable[[NodeForm], str]
+    body: Callable[[NodeForm], Sequence[str]]
