@@ -1,0 +1,22 @@
+"""The only package that edits a model: plan, apply, record, fuse, save and load."""
+
+from convsurgery.surgery.apply import apply, apply_
+from convsurgery.surgery.fuse import fuse
+from convsurgery.surgery.plan import Entry, Plan, make_plan
+from convsurgery.surgery.record import Record, record, unwrap
+from convsurgery.surgery.storage import load, load_weights, save
+
+__all__ = [
+    "Entry",
+    "Plan",
+    "Record",
+    "apply",
+    "apply_",
+    "fuse",
+    "load",
+    "load_weights",
+    "make_plan",
+    "record",
+    "save",
+    "unwrap",
+]

@@ -1,0 +1,126 @@
+"""Carrying out a plan: all of it or nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from convsurgery.errors import ConversionError
+from convsurgery.geometry import ConvGeometry
+from convsurgery.graph import aliases, copy_model
+from convsurgery.surgery.plan import Entry, Plan
+from convsurgery.surgery.record import add_to_record
+
+__all__ = ["apply", "apply_"]
+
+
+@dataclass(frozen=True)
+class _Replacement:
+    """One new module, and the BatchNorm values that go with it."""
+
+    entry: Entry
+    names: tuple[str, ...]
+    new: nn.Module
+    norm: tuple[nn.Module, Tensor] | None
+
+
+def apply(model: nn.Module, plan: Plan) -> nn.Module:
+    """A converted copy of ``model``; the model itself is not touched.
+
+    Raises:
+        ConversionError: when the plan was made for another model, or a weight is not finite; names the layer.
+    """
+    return apply_(copy_model(model), plan)
+
+
+def apply_(model: nn.Module, plan: Plan) -> nn.Module:
+    """Convert ``model`` itself and return it; on any error it is as before.
+
+    A model that *is* a convolution cannot be changed into another class: the replacement is returned instead.
+    Raises as :func:`apply`.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = aliases(model)
+    made = [_replacement(entry, modules, names) for entry in plan.edits]
+    undo: list[Callable[[], None]] = []
+    norms: dict[str, float] = {}
+    root = model
+    try:
+        for item in made:
+            for name in item.names:
+                parent, _, child = name.rpartition(".")
+                if name:
+                    _set(modules[parent], child, item.new, undo)
+                else:
+                    root = item.new
+            if item.norm is not None:
+                norms[str(item.entry.site.batchnorm)] = _absorb(*item.norm, undo)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+    add_to_record(root, plan, norms, before=model)
+    return root
+
+
+def _replacement(entry: Entry, modules: dict[str, nn.Module], names: dict[int, tuple[str, ...]]) -> _Replacement:
+    site, config, start = entry.site, entry.config, entry.start
+    assert config is not None
+    assert start is not None
+    conv = modules.get(site.name)
+    if not isinstance(conv, nn.Conv2d):
+        what = "nothing" if conv is None else type(conv).__name__
+        raise ConversionError(f"the plan is for another model: it wants a Conv2d at {site.label}, here is {what}")
+    geometry = ConvGeometry.of(conv)
+    if geometry != site.geometry:
+        raise ConversionError(f"the plan is for another model: {site.label} is {geometry}, planned was {site.geometry}")
+    for name, parameter in conv.named_parameters(recurse=False):
+        if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+            raise ConversionError(f"{site.label}: its {name} holds NaN or infinity; nothing was converted")
+    norm = modules.get(site.batchnorm) if entry.absorb and site.batchnorm else None
+    built = config.build(conv, start, absorb=norm is not None and _can_absorb(norm))
+    absorbed = None if norm is None or built.residual is None else (norm, built.residual)
+    return _Replacement(entry, names[id(conv)], built.module, absorbed)
+
+
+def _set(parent: nn.Module, name: str, new: nn.Module, undo: list[Callable[[], None]]) -> None:
+    old = parent._modules[name]
+    undo.append(lambda: parent._modules.__setitem__(name, old))
+    parent._modules[name] = new
+
+
+def _can_absorb(norm: nn.Module) -> bool:
+    """Its statistics must be rescaled without loss: full precision only."""
+    mean = getattr(norm, "running_mean", None)
+    return isinstance(mean, Tensor) and mean.dtype in (torch.float32, torch.float64)
+
+
+def _absorb(norm: nn.Module, residual: Tensor, undo: list[Callable[[], None]]) -> float:
+    """Make ``norm`` give on r·y what it gave on y, for r per channel; returns its new epsilon.
+
+    (r·y − r·μ) / √(r²·(σ² + e) − e' + e') is (y − μ) / √(σ² + e) in eval mode for any e'. In training the batch
+    variance r²σ² meets e' alone; e' = e·min r² keeps the ratio it had (exactly so where all r are alike).
+    """
+    mean, var, eps = norm.running_mean, norm.running_var, float(norm.eps)  # type: ignore[arg-type]
+    assert isinstance(mean, Tensor)
+    assert isinstance(var, Tensor)
+    old_mean, old_var = mean.clone(), var.clone()
+
+    def restore() -> None:
+        mean.copy_(old_mean)
+        var.copy_(old_var)
+        norm.eps = eps  # type: ignore[assignment]
+
+    undo.append(restore)
+    r = residual.to(mean.device)
+    new_eps = eps * float(r.min()) ** 2
+    mean.copy_(old_mean.double() * r)
+    var.copy_((r.square() * (old_var.double() + eps) - new_eps).clamp_min(0))
+    norm.eps = new_eps  # type: ignore[assignment]
+    if not math.isfinite(new_eps):
+        raise ConversionError("the batch norm's epsilon is not finite")
+    return new_eps

@@ -1,0 +1,72 @@
+"""What was done to a model, carried by the model itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from convsurgery.operators import Start
+from convsurgery.surgery.plan import Entry, Plan
+
+__all__ = ["Record", "add_to_record", "record", "set_record", "unwrap"]
+
+_ATTRIBUTE = "_convsurgery_record"
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything needed to make the converted model's structure again from its base.
+
+    Attributes:
+        plans: carried out in this order.
+        norms: new epsilon of every BatchNorm that absorbed a gain, by name.
+        fused: whether ``fuse`` folded constants and BatchNorms afterwards.
+    """
+
+    plans: tuple[Plan, ...]
+    norms: Mapping[str, float] = field(default_factory=dict)
+    fused: bool = False
+
+    @property
+    def edits(self) -> tuple[Entry, ...]:
+        """All replacements, in the order they were made."""
+        return tuple(entry for plan in self.plans for entry in plan.edits)
+
+    @property
+    def starts(self) -> dict[str, Start]:
+        """How each replaced site began, by name."""
+        return {entry.site.name: entry.start for entry in self.edits if entry.start is not None}
+
+    def __str__(self) -> str:
+        text = "\n\n".join(str(plan) for plan in self.plans)
+        return text + ("\nfused for deployment" if self.fused else "")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel or ``torch.compile``."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def record(model: nn.Module) -> Record | None:
+    """What convsurgery did to ``model``; None for a model it did not convert."""
+    found = getattr(unwrap(model), _ATTRIBUTE, None)
+    return found if isinstance(found, Record) else None
+
+
+def set_record(model: nn.Module, value: Record) -> None:
+    object.__setattr__(model, _ATTRIBUTE, value)
+
+
+def add_to_record(model: nn.Module, plan: Plan, norms: Mapping[str, float], before: nn.Module) -> None:
+    """Note on ``model`` that ``plan`` was carried out on ``before`` (the same object but for a root convolution)."""
+    old = record(before) or Record(())
+    set_record(model, dataclasses.replace(old, plans=(*old.plans, plan), norms={**old.norms, **norms}))
