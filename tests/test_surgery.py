@@ -356,7 +356,7 @@ def test_rule_that_only_keeps_converts_nothing(image: Tensor) -> None:
     ("start", "message"),
     [
         ("neutal", "unknown start 'neutal'"),
-        ("neutral(2)", r"eps must be in \(0, 1\]"),
+        ("neutral(2)", "eps must be from 1e-12 to 1, not 2"),
         ("neutral(seed=1)", "takes only eps"),
         ("copy(1)", "takes no argument"),
         ("neutral(x)", "not a number"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
@@ -112,10 +112,15 @@ def _call(model: nn.Module, inputs: Sequence[Tensor]) -> None:
 
 def _skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy of the module tree whose parameters and buffers are fake: no weight is copied."""
-    memo = computed_attributes(model, mode.from_tensor)
+
+    def fake(tensor: Tensor) -> Tensor:
+        # Made by hand: ``mode.from_tensor`` describes views and autograd history too, which costs more than the rest.
+        return FakeTensor(mode, torch.empty_like(tensor, device="meta", requires_grad=False), tensor.device)
+
+    memo = computed_attributes(model, fake)
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if not is_lazy(tensor):
-            memo[id(tensor)] = mode.from_tensor(tensor)
+            memo[id(tensor)] = fake(tensor)
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:

@@ -38,6 +38,9 @@ ENTRY_POINTS = "convsurgery.operators"
 _registry: dict[str, type[OperatorConfig]] = {}
 _entry_points_loaded = False
 
+#: below it the constants of a neutral start leave the range of float32
+_LEAST_EPS = 1e-12
+
 Config = TypeVar("Config", bound="type[OperatorConfig]")
 
 
@@ -125,10 +128,10 @@ class Start:
             value = float(number)
         except ValueError:
             raise ArgumentError("start", f"start {name}: {number!r} is not a number") from None
-        if name == "neutral" and not 0 < value <= 1:
-            raise ArgumentError("start", f"start neutral: eps must be in (0, 1], not {number}")
-        if name == "random" and (value < 0 or value != int(value)):
-            raise ArgumentError("start", f"start random: seed must be a whole number >= 0, not {number}")
+        if name == "neutral" and not _LEAST_EPS <= value <= 1:
+            raise ArgumentError("start", f"start neutral: eps must be from {_LEAST_EPS:g} to 1, not {number}")
+        if name == "random" and not (0 <= value < 2**53 and value.is_integer()):
+            raise ArgumentError("start", f"start random: seed must be a whole number from 0 to 2^53, not {number}")
         return cls(name, value)
 
     def __str__(self) -> str:
@@ -203,7 +206,7 @@ class OperatorConfig:
         Args:
             conv: the convolution to replace; left as it is.
             start: a start that :meth:`start_for` returned.
-            absorb: whether a BatchNorm follows that can take a per-channel gain.
+            absorb: whether a BatchNorm follows that can take a per-channel gain; without a bias only.
         """
         raise NotImplementedError
 

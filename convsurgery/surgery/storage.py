@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from convsurgery import zoo
 from convsurgery.errors import ConvSurgeryError, ModelError, StorageError
-from convsurgery.graph import copy_model
+from convsurgery.graph import aliases, copy_model
 from convsurgery.surgery.apply import apply_
 from convsurgery.surgery.fuse import fuse
 from convsurgery.surgery.plan import Plan
@@ -179,23 +180,36 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         StorageError: for a corrupt file or one with other keys or shapes.
     """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_model
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     try:
-        with safe_open(str(path), framework="pt") as file:
-            dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        state = load_file(path)
+    except (SafetensorError, OSError, KeyError) as error:
         raise StorageError(f"{path} cannot be read: {error}") from error
     own: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    _spread(state, model, own)
     for key, tensor in own.items():
-        dtype = _DTYPES.get(dtypes.get(key, ""), tensor.dtype)
-        if tensor.is_floating_point() and tensor.dtype != dtype:
-            tensor.data = tensor.data.to(dtype)
+        stored = state.get(key)
+        if stored is not None and stored.is_floating_point() and tensor.dtype != stored.dtype:
+            tensor.data = tensor.data.to(stored.dtype)
     try:
-        load_model(model, str(path), strict=True)
+        model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise StorageError(f"{path} does not fit the model: {error}") from error
 
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+def _spread(state: dict[str, torch.Tensor], model: nn.Module, own: Mapping[str, torch.Tensor]) -> None:
+    """Give every name of a shared module or tensor its value: the file holds each once."""
+    for names in aliases(model).values():
+        for name in names if len(names) > 1 else ():
+            for key in [key for key in state if key.startswith(f"{name}.")]:
+                for other in names:
+                    state.setdefault(other + key.removeprefix(name), state[key])
+    shared: dict[int, list[str]] = {}
+    for key, tensor in own.items():
+        shared.setdefault(id(tensor), []).append(key)
+    for keys in shared.values():
+        held = next((state[key] for key in keys if key in state), None)
+        if held is not None:
+            state.update({key: held for key in keys if key not in state})

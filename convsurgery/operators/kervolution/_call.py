@@ -34,6 +34,13 @@ def define(name: str, hyper: str, attributes: str, function: Callable[..., Tenso
     LIBRARY.impl(name, function, "CompositeImplicitAutograd")
 
 
+def as_constant(value: float | Tensor, weight: Tensor) -> Tensor:
+    """A hyperparameter given as a number or a tensor, as a tensor beside ``weight``, in at least float32."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+
+
 def functional_call(
     op: Any,
     arguments: tuple[Any, ...],
@@ -48,7 +55,5 @@ def functional_call(
     batched = x if x.dim() == 4 else x.unsqueeze(0)
     if (left, top) != (right, bottom):
         batched, left, top = F.pad(batched, [left, right, top, bottom]), 0, 0
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    rest = [torch.tensor(r, dtype=dtype, device=weight.device) if type(r) is float else r for r in rest]
     out: Tensor = op(batched, weight, *rest, pair(stride), (top, left), pair(dilation), groups)
     return out if x.dim() == 4 else out.squeeze(0)

@@ -14,12 +14,16 @@ from typing_extensions import Self
 from convsurgery.errors import ConvSurgeryError
 from convsurgery.geometry import ConvGeometry, Cost, Site, pair
 from convsurgery.operators.base import Built, Start
+from convsurgery.operators.kervolution._conv import REDUCED
 
 __all__ = ["Kervolution2d", "distance_cost", "learnable_cost", "power_of_two"]
 
 #: A BatchNorm takes over per-channel gains only while they lie within this factor of each other; beyond it, dead
 #: filters would meet a much smaller epsilon in training than they had.
 _ABSORB_SPREAD = 256.0
+
+
+_LOG_BOUND = 87.0
 
 
 class Kervolution2d(nn.Module):
@@ -117,9 +121,14 @@ class Kervolution2d(nn.Module):
     def hyper(self) -> Tensor:
         """The hyperparameter's present value, () or (C_out,)."""
         log = self._parameters.get(f"log_{self.hyper_name}")
-        value = self._buffers[self.hyper_name] if log is None else log.exp()
+        # Bounded so that the exponential is neither 0 nor infinite in float32.
+        value = self._buffers[self.hyper_name] if log is None else log.clamp(-_LOG_BOUND, _LOG_BOUND).exp()
         assert value is not None
         return value
+
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments that only this kernel has, but for the hyperparameter."""
+        return {}
 
     # -- forward
 
@@ -178,15 +187,15 @@ class Kervolution2d(nn.Module):
     def begin(self, start: Start, neutral: Callable[[], Tensor] | None, *, absorb: bool) -> Built:
         """Finish a start: ``neutral`` sets scale and hyperparameter and returns the gain that undoes them.
 
-        With ``absorb`` the power of two nearest to the gains stays here, so that the output keeps the convolution's
-        magnitude also in half precision, and the per-channel rest is left to the BatchNorm.
+        With ``absorb``, and without a bias, the power of two nearest to the gains stays here, so that the output keeps
+        the convolution's magnitude also in half precision, and the per-channel rest is left to the BatchNorm.
         """
         if start.name == "random":
             self.redraw(int(start.value or 0))
         if start.name != "neutral" or neutral is None:
             return Built(self)
         gain = neutral()
-        if absorb and float(gain.max() / gain.min()) <= _ABSORB_SPREAD:
+        if absorb and self.bias is None and float(gain.max() / gain.min()) <= _ABSORB_SPREAD:
             kept = power_of_two(float(gain.log2().mean().exp2()))
             self.gain = self.constant(kept)
             residual = (kept / gain).expand(self.out_channels).clone()
@@ -210,7 +219,7 @@ class Kervolution2d(nn.Module):
         Computes the same up to rounding; timm's ``reparameterize_model`` finds it by this name. Half-precision layers
         keep their scale, which their filters could not hold.
         """
-        fused = type(self).like(self, centered=self.centered)
+        fused = type(self).like(self, centered=self.centered, **self.options())
         weight, bias = self.weight.detach(), self.full_bias()
         fold = self.scale is not None and weight.dtype in (torch.float32, torch.float64)
         if fold and self.scale is not None:
@@ -250,11 +259,16 @@ class Kervolution2d(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # ``half()`` must not reach the constants: a neutral gain or γ lies outside float16.
         before = dict(self._buffers)
+        log = self._parameters.get(f"log_{self.hyper_name}")
+        log_before = None if log is None else log.data
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
-            if old is not None and new is not None and new.dtype in (torch.float16, torch.bfloat16):
+            if old is not None and new is not None and new.dtype in REDUCED:
                 self._buffers[name] = old.to(new.device)
+        log = self._parameters.get(f"log_{self.hyper_name}")
+        if log is not None and log_before is not None and log.dtype in REDUCED:
+            log.data = log_before.to(log.device)
         return self
 
     def extra_repr(self) -> str:

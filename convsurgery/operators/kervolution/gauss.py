@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from convsurgery.geometry import Cost, Site
 from convsurgery.operators.base import Built, OperatorConfig, Start, option, register_operator
 from convsurgery.operators.kervolution import _onnx as text
-from convsurgery.operators.kervolution._call import define, functional_call
+from convsurgery.operators.kervolution._call import as_constant, define, functional_call
 from convsurgery.operators.kervolution._conv import (
     Window,
     add_by_group,
@@ -49,9 +49,9 @@ def _op(
     # −γ‖x − w‖² = 2γ wᵀx − γ‖w‖² − γ‖x‖². Centred, the filter's term is factored out:
     # e^(A + B) − e^B = e^B · expm1(A).
     factor = 2 * gamma if scale is None else 2 * gamma * scale
-    height = -gamma * squared_norm(weight)
-    if scale is not None:
-        height = height * scale.square()
+    # √γ goes to the scale before it is squared: alone, the square of a neutral scale may overflow.
+    root = gamma.sqrt() if scale is None else gamma.sqrt() * scale
+    height = -squared_norm(weight) * root.square()
     cross = inner(x, weight, window, factor) if centered else exact_inner(x, weight, window, factor, add=height)
     exponent = add_by_group(cross, -gamma.to(cross.dtype), window_squares(x, weight, window), fresh)
     if centered:
@@ -98,11 +98,11 @@ def kerv_gauss(
         >>> CF.kerv_gauss(w, w, gamma=0.1).flatten(1).diagonal()  # the distance of a filter to itself is 0
         tensor([1., 1., 1., 1.])
     """
-    if isinstance(gamma, (int, float)) and not gamma > 0:
+    if isinstance(gamma, int | float) and not gamma > 0:
         raise ValueError(f"gamma must be above 0, not {gamma}")
     return functional_call(
         torch.ops.convsurgery.kerv_gauss,
-        (input, weight, bias, gamma, gain, scale, centered),
+        (input, weight, bias, as_constant(gamma, weight), gain, scale, centered),
         (stride, padding, dilation, groups),
     )
 
@@ -202,7 +202,7 @@ class KervGauss(OperatorConfig):
             # the filters is exact): exp(−γ‖x − w'‖²) = e^(−‖w‖²/4κ) · exp(εwᵀx − κε²‖x‖²).
             eps = power_of_two(start.value or self.default_eps)
             norms = conv.weight.detach().double().square().sum((1, 2, 3))
-            kappa = 2.0 ** math.ceil(math.log2(max(float(norms.max()), 2.0**-60)))
+            kappa = 2.0 ** math.ceil(math.log2(max(float(norms.max()), 2.0**-40)))
             layer.scale = layer.constant(1 / (2 * kappa * eps))
             layer.set_hyper(layer.constant(kappa * eps**2), self.learnable)
             return (norms / (4 * kappa)).exp() / eps

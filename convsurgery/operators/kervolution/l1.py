@@ -19,8 +19,8 @@ from convsurgery.operators.onnx import NodeForm, OnnxFunction
 
 __all__ = ["KervL1", "L1Kervolution2d", "kerv_l1"]
 
-#: Values in one block of windows; the working memory of the forward and backward pass is a small multiple of this.
-BLOCK = 1 << 18
+#: Output values worked on at a time, small enough for a core's cache; working memory is a small multiple of this.
+BLOCK = 1 << 19
 
 
 def _output_size(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any) -> tuple[int, int]:
@@ -30,67 +30,85 @@ def _output_size(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any)
     return height, width
 
 
-def _windows(padded: Tensor, w: Tensor, size: tuple[int, int], stride: Any, dilation: Any, group: int) -> Tensor:
-    """View of one group's windows, (N, H_out, W_out, C_in/groups, kh, kw); nothing is copied."""
-    channels = w.shape[1]
-    x = padded.narrow(1, group * channels, channels)
-    n, c, h, v = x.stride()
-    shape = (x.shape[0], *size, channels, w.shape[2], w.shape[3])
-    strides = (n, h * stride[0], v * stride[1], c, h * dilation[0], v * dilation[1])
-    return x.as_strided(shape, strides)
-
-
-def _blocks(images: int, size: tuple[int, int], patch: int) -> Iterator[tuple[int, slice]]:
-    """Image and rows of each block of about ``BLOCK`` window values, at least one row."""
-    rows = max(1, BLOCK // max(1, size[1] * patch))
-    for image in range(images):
+def _blocks(x: Tensor, channels: int, size: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+    """Images and output rows of each block: as many as keep ``channels`` maps of it near ``BLOCK`` values."""
+    row = channels * size[1]
+    rows = max(1, min(size[0], BLOCK // max(1, row)))
+    images = max(1, BLOCK // max(1, row * size[0])) if rows == size[0] else 1
+    for first in range(0, x.shape[0], images):
         for top in range(0, size[0], rows):
-            yield image, slice(top, min(top + rows, size[0]))
+            yield slice(first, first + images), slice(top, min(top + rows, size[0]))
+
+
+def _taps(
+    padded: Tensor, w: Tensor, size: tuple[int, int], stride: Any, dilation: Any, block: tuple[slice, slice]
+) -> Iterator[tuple[tuple[int, int, int], Tensor]]:
+    """Each place under the window, (channel, row, column), and a view of what the block's windows hold there.
+
+    ``padded`` has one group's channels; the view is (images, rows, W_out).
+    """
+    images, rows = block
+    for channel in range(w.shape[1]):
+        for i in range(w.shape[2]):
+            for j in range(w.shape[3]):
+                top, left = rows.start * stride[0] + i * dilation[0], j * dilation[1]
+                bottom = top + (rows.stop - rows.start - 1) * stride[0] + 1
+                right = left + (size[1] - 1) * stride[1] + 1
+                yield (channel, i, j), padded[images, channel, top : bottom : stride[0], left : right : stride[1]]
+
+
+def _groups(padded: Tensor, w: Tensor, groups: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For each group its output channels, its part of the input and its filters."""
+    filters = w.shape[0] // groups
+    for group in range(groups):
+        out = slice(group * filters, (group + 1) * filters)
+        yield out, padded.narrow(1, group * w.shape[1], w.shape[1]), w[out]
+
+
+def _pad(x: Tensor, padding: Any) -> Tensor:
+    return F.pad(x, [padding[1], padding[1], padding[0], padding[0]])
 
 
 def _distance(x: Tensor, w: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Tensor:
+    """One place under the window after the other: |x_tap − w_tap| of all channels is added to the block's sums."""
     size = _output_size(x, w, stride, padding, dilation)
     out = x.new_empty((x.shape[0], w.shape[0], *size))
-    padded = F.pad(x, [padding[1], padding[1], padding[0], padding[0]])
-    filters = w.flatten(1).chunk(groups)
-    results = out.unflatten(1, (groups, w.shape[0] // groups))
-    for group in range(groups):
-        windows = _windows(padded, w, size, stride, dilation, group)
-        for image, rows in _blocks(x.shape[0], size, filters[group].shape[1]):
-            block = windows[image, rows].flatten(2)
-            distances = torch.cdist(block.flatten(0, 1), filters[group], p=1.0)
-            results[image, group, :, rows] = distances.t().unflatten(1, block.shape[:2])
+    for channels, part, filters in _groups(_pad(x, padding), w, groups):
+        columns = filters.flatten(1).t().unsqueeze(2).contiguous()
+        for block in _blocks(x, len(filters), size):
+            sums = difference = None
+            for column, (_, tap) in zip(columns, _taps(part, filters, size, stride, dilation, block), strict=True):
+                values = tap.reshape(-1)
+                if sums is None:
+                    sums = torch.sub(values, column).abs_()
+                    difference = torch.empty_like(sums)
+                else:
+                    sums.add_(torch.sub(values, column, out=difference).abs_())
+            assert sums is not None
+            into = out[block[0], channels, block[1]]
+            into.copy_(sums.view(into.shape[1], into.shape[0], *into.shape[2:]).transpose(0, 1))
     return out
 
 
 def _distance_backward(
     grad: Tensor, x: Tensor, w: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
 ) -> tuple[Tensor, Tensor]:
-    """∂/∂w = −Σ sign(x − w)·grad and ∂/∂x = Σ sign(x − w)·grad, block by block."""
+    """∂/∂w = −Σ sign(x − w)·grad over positions, ∂/∂x = Σ sign(x − w)·grad over channels, place after place."""
     size = (grad.shape[2], grad.shape[3])
-    padded = F.pad(x, [padding[1], padding[1], padding[0], padding[0]])
+    padded = _pad(x, padding)
     grad_padded, grad_w = torch.zeros_like(padded), torch.zeros_like(w, memory_format=torch.contiguous_format)
-    filters, grad_filters = w.flatten(1).chunk(groups), grad_w.flatten(1).chunk(groups)
-    grads = grad.unflatten(1, (groups, w.shape[0] // groups))
-    channels, kh, kw = w.shape[1:]
-    for group in range(groups):
-        windows = _windows(padded, w, size, stride, dilation, group)
-        for image, rows in _blocks(x.shape[0], size, filters[group].shape[1]):
-            block = windows[image, rows].flatten(2)
-            values = block.flatten(0, 1)
-            outer = grads[image, group, :, rows].flatten(1).contiguous()
-            # For p = 1 the distances themselves do not enter; the op wants a tensor of their shape.
-            inner = outer.t().contiguous()
-            grad_filters[group].add_(torch.ops.aten._cdist_backward(outer, filters[group], values, 1.0, outer))
-            taps = torch.ops.aten._cdist_backward(inner, values, filters[group], 1.0, inner)
-            taps = taps.unflatten(0, block.shape[:2]).unflatten(2, (channels, kh, kw)).movedim(2, 0)
-            into = grad_padded[image, group * channels : (group + 1) * channels]
-            for i in range(kh):
-                for j in range(kw):
-                    top, left = rows.start * stride[0] + i * dilation[0], j * dilation[1]
-                    bottom = top + (taps.shape[1] - 1) * stride[0] + 1
-                    right = left + (size[1] - 1) * stride[1] + 1
-                    into[:, top : bottom : stride[0], left : right : stride[1]] += taps[..., i, j]
+    parts = zip(_groups(padded, w, groups), _groups(grad_padded, grad_w, groups), strict=True)
+    for (channels, part, filters), (_, grad_part, grad_filters) in parts:
+        columns = filters.flatten(1).t().unsqueeze(2).contiguous()
+        for block in _blocks(x, len(filters), size):
+            outer = grad[block[0], channels, block[1]].transpose(0, 1).flatten(1)
+            signs = torch.empty_like(outer)
+            taps = _taps(part, filters, size, stride, dilation, block)
+            grad_taps = _taps(grad_part, filters, size, stride, dilation, block)
+            for column, (place, tap), (_, grad_tap) in zip(columns, taps, grad_taps, strict=True):
+                torch.sub(tap.reshape(-1), column, out=signs).sign_().mul_(outer)
+                grad_filters[(slice(None), *place)] -= signs.sum(1)
+                grad_tap += signs.sum(0).view(tap.shape)
     inside = grad_padded[:, :, padding[0] : padding[0] + x.shape[2], padding[1] : padding[1] + x.shape[3]]
     return inside.clone(memory_format=torch.contiguous_format), grad_w
 
@@ -128,6 +146,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, grad_w, None, None, None, None
 
 
+def _no_second(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError("kerv_l1 has no second derivative: its first is a sum of signs")
+
+
+torch.library.register_autograd("convsurgery::l1_distance_backward", _no_second, lib=LIBRARY)
 torch.library.register_autograd("convsurgery::l1_distance", _backward, setup_context=_save, lib=LIBRARY)
 
 
@@ -143,6 +166,14 @@ def _op(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
+    channels = weight.shape[1] * groups
+    if x.shape[1] != channels:
+        raise RuntimeError(f"kerv_l1: the input has {x.shape[1]} channels, the filters want {channels} channels")
+    if min(_output_size(x, weight, stride, padding, dilation)) < 1:
+        size, window = tuple(x.shape[2:]), tuple(weight.shape[2:])
+        raise RuntimeError(
+            f"kerv_l1: an image of {size} with padding {padding} is smaller in size than the window {window}"
+        )
     fresh = no_grad_needed(x, weight, bias, gain, scale)
     w = widened(weight)
     if scale is not None:
@@ -172,10 +203,10 @@ def kerv_l1(
 ) -> Tensor:
     """Manhattan kervolution, ``‖x − w‖₁ + bias`` for every window.
 
-    Wang et al., *Kervolutional Neural Networks* (2019), eq. 9a. No convolution computes it: blocks of rows of windows
-    go through :func:`torch.cdist`, so that working memory is one block, whatever the image or the number of filters.
-    Many times slower than a convolution (see docs/performance.md). Shapes, options and constants as
-    :func:`~convsurgery.functional.kerv_poly`.
+    Wang et al., *Kervolutional Neural Networks* (2019), eq. 9a. No convolution computes it: the places under the window
+    are gone through one after the other, on blocks of the output small enough for the cache. Working memory is two
+    such blocks, whatever the image, the window or the number of filters. Many times slower than a convolution (see
+    docs/performance.md). Shapes, options and constants as :func:`~convsurgery.functional.kerv_poly`.
 
     Example:
         >>> import torch, convsurgery.functional as CF

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,18 @@ from convsurgery.operators.base import Built, OperatorConfig, Start, register_op
 from convsurgery.operators.kervolution import _onnx as text
 from convsurgery.operators.kervolution._call import define, functional_call
 from convsurgery.operators.kervolution._conv import (
+    TINY,
+    Root,
     Window,
     add_by_group,
     affine,
+    apply,
     exact_inner,
+    halved_product,
     inner,
     no_grad_needed,
     per_channel,
+    reciprocal_or_zero,
     result_dtype,
     root,
     squared_norm,
@@ -29,6 +34,33 @@ from convsurgery.operators.kervolution._layer import Kervolution2d, distance_cos
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
 
 __all__ = ["KervL2", "L2Kervolution2d", "kerv_l2"]
+
+
+class _CenteredRoot(torch.autograd.Function):
+    """√(q + ww) − √ww = q / (√(q + ww) + √ww), which does not cancel; q = ‖x‖² − 2wᵀx, ww = ‖w‖².
+
+    Keeps its result alone for the backward pass.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Tensor, ww: Tensor) -> Tensor:
+        # Both roots are 0 only for an empty filter over an empty window, where q is 0 too.
+        below = (q + ww).clamp_min_(0).sqrt_().add_(ww.sqrt()).clamp_min_(TINY)
+        return torch.div(q, below, out=below)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output, inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        y, ww = ctx.saved_tensors
+        norm = apply(Root, ww)
+        grad_q = halved_product(grad, reciprocal_or_zero(y + norm))
+        at_rest = halved_product(grad.sum_to_size(ww.shape), reciprocal_or_zero(norm))
+        return grad_q, grad_q.sum_to_size(ww.shape) - at_rest
 
 
 def _op(
@@ -54,17 +86,9 @@ def _op(
     if not centered:
         squares = add_by_group(exact_inner(x, weight, window, factor, add=ww), None, xx, fresh)
         return affine(root(squares, fresh), gain, bias, fresh).to(dtype)
-    # √(q + ‖w‖²) − ‖w‖ = q / (√(q + ‖w‖²) + ‖w‖) with q = ‖x‖² − 2wᵀx.
     q = add_by_group(inner(x, weight, window, factor), None, xx, fresh)
-    distance = root(q + per_channel(ww), fresh)
-    norm = per_channel(root(ww, fresh))
-    # Both are 0 only for an empty filter over an empty window, where q is 0 too.
-    below = distance.add_(norm).clamp_min_(TINY) if fresh else (distance + norm).clamp_min(TINY)
-    y = q.div_(below) if fresh else q / below
-    return affine(y, gain, bias, fresh).to(dtype)
+    return affine(apply(_CenteredRoot, q, per_channel(ww)), gain, bias, fresh).to(dtype)
 
-
-TINY = torch.finfo(torch.float32).tiny
 
 define("kerv_l2", "", "", _op)
 

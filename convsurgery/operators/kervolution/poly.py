@@ -13,7 +13,7 @@ from convsurgery.errors import ArgumentError
 from convsurgery.geometry import Cost, Site
 from convsurgery.operators.base import Built, OperatorConfig, Start, option, register_operator
 from convsurgery.operators.kervolution import _onnx as text
-from convsurgery.operators.kervolution._call import define, functional_call
+from convsurgery.operators.kervolution._call import as_constant, define, functional_call
 from convsurgery.operators.kervolution._conv import (
     Window,
     affine,
@@ -80,10 +80,7 @@ class _Polynomial(torch.autograd.Function):
 
     @staticmethod
     def forward(s: Tensor, k: Tensor) -> Tensor:
-        y = torch.addcmul(k[-2], s, k[-1])
-        for row in range(k.shape[0] - 3, -1, -1):
-            y = torch.addcmul(k[row], y, s)
-        return y
+        return _horner(s, k, biased=True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -95,8 +92,10 @@ class _Polynomial(torch.autograd.Function):
         grad_s = grad_k = None
         if ctx.needs_input_grad[0]:
             slopes = k[1:] * torch.arange(1, k.shape[0], device=k.device, dtype=k.dtype).view(-1, 1, 1, 1)
-            slope = slopes[-1].expand_as(s) if k.shape[0] == 2 else apply(_Polynomial, s, slopes)
-            grad_s = grad * slope
+            if torch.is_grad_enabled() and k.shape[0] > 2:  # a double backward is being recorded
+                grad_s = grad * apply(_Polynomial, s, slopes)
+            else:
+                grad_s = _horner(s, slopes, biased=True).mul_(grad) if k.shape[0] > 2 else grad * slopes[0]
         if ctx.needs_input_grad[1]:
             rows, term = [], grad
             for _ in range(k.shape[0]):
@@ -117,8 +116,8 @@ def _coefficients(balance: Tensor, gain: Tensor | None, bias: Tensor | None, deg
     return torch.stack(rows)
 
 
-def _horner_inplace(s: Tensor, k: Tensor, biased: bool) -> Tensor:
-    """As :class:`_Polynomial`, for when nothing is recorded: one temporary beside ``s``."""
+def _horner(s: Tensor, k: Tensor, biased: bool) -> Tensor:
+    """Σ_j k_j s^j with one new tensor, the result; without ``biased``, k_0 is left out."""
     y = s * k[-1]
     for row in range(k.shape[0] - 2, 0, -1):
         y = y.add_(k[row]).mul_(s)
@@ -145,7 +144,7 @@ def _op(
     if centered:
         s = inner(x, weight, window, scale)
         k = _coefficients(balance.to(s.dtype), gain, bias, degree).to(s.dtype)
-        y = _horner_inplace(s, k, bias is not None) if fresh else apply(_Polynomial, s, k)
+        y = _horner(s, k, bias is not None) if fresh else apply(_Polynomial, s, k)
     else:
         t = inner(x, weight, window, scale, add=balance)
         y = _power(t, degree, inplace=True) if fresh else apply(_Power, t, degree)
@@ -191,7 +190,7 @@ def kerv_poly(
         (N, C_out, H_out, W_out), in the dtype the convolution would have.
 
     Raises:
-        ValueError: for a degree below 1.
+        ValueError: for a degree below 1, or a number below 0 as balance.
 
     Example:
         >>> import torch, convsurgery.functional as CF
@@ -201,9 +200,11 @@ def kerv_poly(
     """
     if degree < 1:
         raise ValueError(f"degree must be at least 1, not {degree}")
+    if isinstance(balance, int | float) and not balance >= 0:
+        raise ValueError(f"balance must not be below 0, not {balance}")
     return functional_call(
         torch.ops.convsurgery.kerv_poly,
-        (input, weight, bias, balance, gain, scale, degree, centered),
+        (input, weight, bias, as_constant(balance, weight), gain, scale, degree, centered),
         (stride, padding, dilation, groups),
     )
 
@@ -242,6 +243,9 @@ class PolyKervolution2d(Kervolution2d):
             *self.window(padding),
         )
         return out
+
+    def options(self) -> dict[str, Any]:
+        return {"degree": self.degree}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, degree={self.degree}"

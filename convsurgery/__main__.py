@@ -1,0 +1,5 @@
+"""``python -m convsurgery`` is the command line."""
+
+from convsurgery.cli import main
+
+main()

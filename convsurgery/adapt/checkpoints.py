@@ -1,0 +1,128 @@
+"""The folder of a run: ``metrics.csv``, ``best/`` and ``last/``, and going on from there."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import nn
+
+from convsurgery.errors import StorageError
+
+__all__ = ["RunFolder", "Saver"]
+
+Saver = Callable[[nn.Module, Path], object]
+
+_METRICS, _STATE, _WEIGHTS = "metrics.csv", "training_state.pt", "model.safetensors"
+_FORMAT = 1
+
+
+class RunFolder:
+    """Everything a run writes. Only the main process may call the methods that write.
+
+    ``best/`` and ``last/`` are replaced as a whole: the new one is written beside the old one and then takes its name,
+    so that a run that is killed while it writes leaves one that can be loaded. The training state lies inside
+    ``last/``, so that it never belongs to other weights.
+
+    Args:
+        path: the folder; made when the run begins.
+        saver: writes a model into a folder that does not exist yet.
+        columns: of ``metrics.csv``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], saver: Saver, columns: Sequence[str]) -> None:
+        self.path, self.saver, self.columns = Path(path).expanduser(), saver, tuple(columns)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What there is, for telling the user."""
+        return tuple(part for name in (_METRICS, "best", "last") if (part := self.path / name).exists())
+
+    def refuse_if_used(self) -> None:
+        """Raise when another run lies here."""
+        if self.files:
+            raise StorageError(
+                f"{self.path} already holds a run ({', '.join(part.name for part in self.files)}); continue it with "
+                f"resume=True (--resume), replace it with overwrite=True (--overwrite), or choose another folder"
+            )
+
+    def begin(self, rows: Sequence[Mapping[str, Any]], fresh: bool) -> None:
+        """Make the folder and write ``metrics.csv`` with the rows known so far."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if fresh:
+                for name in ("best", "last"):
+                    shutil.rmtree(self.path / name, ignore_errors=True)
+            # A run killed between checkpoint and row leaves a row too few; the checkpoint's history knows them all.
+            beside = self.path / (_METRICS + ".new")
+            with beside.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(self.columns)
+                writer.writerows(self._cells(row) for row in rows)
+            beside.replace(self.path / _METRICS)
+        except OSError as error:
+            raise StorageError(f"cannot write to {self.path}: {error}") from error
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one row to ``metrics.csv``."""
+        with (self.path / _METRICS).open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow(self._cells(row))
+
+    def _cells(self, row: Mapping[str, Any]) -> list[str]:
+        values = (row[name] for name in self.columns)
+        return ["" if value is None else f"{value:.8g}" if isinstance(value, float) else str(value) for value in values]
+
+    def write_best(self, model: nn.Module) -> None:
+        self._write("best", model, None)
+
+    def write_last(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        self._write("last", model, {"format": _FORMAT, **state})
+
+    def _write(self, name: str, model: nn.Module, state: Mapping[str, Any] | None) -> None:
+        target, beside, old = (self.path / part for part in (name, f".{name}.new", f".{name}.old"))
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            self.saver(model, beside)
+            if state is not None:
+                torch.save(dict(state), beside / _STATE)
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                target.rename(old)
+            beside.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            raise StorageError(f"cannot write {target}: {error}") from error
+
+    def read(self, model: nn.Module) -> dict[str, Any]:
+        """Put the weights of ``last/`` into ``model`` and give back the training state.
+
+        Raises:
+            StorageError: nothing there, not written by fine-tuning, or weights of another model. Nothing is executed:
+                the state is read with ``weights_only=True``.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_model
+
+        # Only the old one is there when the run was killed between the two renamings.
+        tried = [self.path / "last", self.path / ".last.old"]
+        last = next((part for part in tried if (part / _STATE).is_file()), None)
+        if last is None:
+            raise StorageError(f"nothing to resume in {self.path}: there is no last/{_STATE}")
+        try:
+            state = torch.load(last / _STATE, map_location="cpu", weights_only=True)
+        except (RuntimeError, UnpicklingError, EOFError, OSError) as error:
+            raise StorageError(f"{last / _STATE} is not a training state: {error}") from error
+        if not isinstance(state, dict) or state.get("format") != _FORMAT:
+            raise StorageError(f"{last / _STATE} is not a training state of this version (format {_FORMAT})")
+        try:
+            load_model(model, last / _WEIGHTS)
+        except (RuntimeError, SafetensorError, OSError) as error:
+            text = " ".join(str(error).split())
+            raise StorageError(f"the weights in {last} are not this model's: {text}") from error
+        return state

@@ -1,0 +1,200 @@
+"""The public functions, all in one place; each is documented where it is defined or here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from convsurgery import zoo
+from convsurgery.adapt.affine import fit_affine
+from convsurgery.adapt.evaluation import evaluate
+from convsurgery.adapt.finetuning import finetune
+from convsurgery.errors import ConversionError
+from convsurgery.graph import copy_model, observe
+from convsurgery.operators import Start, list_operators
+from convsurgery.rules import RulesLike, as_rules, list_selectors
+from convsurgery.surgery import Entry, Plan, apply, apply_, fuse, load, make_plan, record, save
+from convsurgery.zoo import create_model, load_checkpoint
+
+if TYPE_CHECKING:
+    from convsurgery.export import Parity
+
+__all__ = [
+    "apply",
+    "calibrate_affine",
+    "convert",
+    "convert_",
+    "create_model",
+    "evaluate",
+    "export_onnx",
+    "finetune",
+    "fuse",
+    "list_operators",
+    "list_selectors",
+    "load",
+    "load_checkpoint",
+    "plan",
+    "record",
+    "save",
+    "verify_onnx",
+]
+
+Inputs = Tensor | Sequence[Tensor] | None
+
+
+def plan(
+    model: nn.Module | str, rule: RulesLike, *, example_inputs: Inputs = None, start: str | Start | None = None
+) -> Plan:
+    """What :func:`convert` would do; nothing is edited and no weight is touched.
+
+    Args:
+        model: a model, or a timm or ``torchvision/`` name, which is built without allocating its weights.
+        rule: as text, ``"first-conv->kerv-poly"``, or as objects: see ``docs/rules.md``.
+        example_inputs: what the forward takes; by default one image of the model's own input size.
+        start: how the new operators begin: ``neutral(eps)``, ``copy`` or ``random``; each operator's default when
+            absent.
+
+    Returns:
+        A plan that prints as a table.
+
+    Raises:
+        RuleError: for a rule that cannot be read or names what does not exist.
+        NoMatchError: when no convolution matches; lists near misses.
+        ConversionError: when a convolution that the rule names alone cannot be replaced.
+        ModelError: for an unknown name, or a model that does not run on the example inputs.
+
+    Example:
+        >>> import convsurgery as cs
+        >>> len(cs.plan("resnet18", "conv[k=3, s=1]->kerv-poly(degree=2)").edits)
+        13
+    """
+    rules = as_rules(rule)
+    begin = None if start is None else Start.parse(start)
+    built = zoo.create_model(model, device="meta") if isinstance(model, str) else model
+    inputs = _inputs(built, example_inputs)
+    params = sum(p.numel() for p in built.parameters() if p.requires_grad and not is_lazy(p))
+    return make_plan(_label(built), params, observe(built, inputs), rules, begin)
+
+
+def convert(
+    model: nn.Module,
+    rule: RulesLike,
+    *,
+    example_inputs: Inputs = None,
+    start: str | Start | None = None,
+    calibration: Any = None,
+) -> nn.Module:
+    """A copy of ``model`` with the convolutions that ``rule`` takes replaced; the model itself stays as it is.
+
+    The copy keeps class, API, dtype, device, train flag and ``requires_grad``; by default it still predicts what the
+    model predicted, where the operator has a neutral setting.
+
+    Args:
+        model, rule, example_inputs, start: as for :func:`plan`.
+        calibration: images (a tensor, or an iterable of batches that can be repeated, such as a DataLoader). Operators
+            that start by ``copy`` get a per-channel affine fitted to the convolution's output on them.
+
+    Raises:
+        As :func:`plan`; ConversionError also when a weight is not finite, or when every site the rule takes has to be
+        skipped.
+
+    Example:
+        >>> import timm, torch, convsurgery as cs
+        >>> model = timm.create_model("resnet18").eval()
+        >>> new, x = cs.convert(model, "all-conv->kerv-linear"), torch.randn(1, 3, 64, 64)
+        >>> torch.equal(new(x), model(x))
+        True
+    """
+    return convert_(copy_model(model), rule, example_inputs=example_inputs, start=start, calibration=calibration)
+
+
+def convert_(
+    model: nn.Module,
+    rule: RulesLike,
+    *,
+    example_inputs: Inputs = None,
+    start: str | Start | None = None,
+    calibration: Any = None,
+) -> nn.Module:
+    """As :func:`convert`, in place: ``model`` itself is changed and returned; on an error it is as it was.
+
+    The Parameter objects are kept, so that an optimiser made before goes on to work. A model that *is* a Conv2d cannot
+    become another class: use the return value.
+    """
+    made = plan(model, rule, example_inputs=example_inputs, start=start)
+    if made.skips and not made.edits:
+        reasons = "\n".join(f"  {entry.site.label}: {entry.reason}" for entry in made.skips[:8])
+        if not all(entry.reason == "kept" for entry in made.skips):
+            raise ConversionError(f"every convolution that {made.rule} takes has to stay:\n{reasons}")
+    fitted = _fittable(made.edits) if calibration is not None else []
+    if not fitted:
+        return apply_(model, made)
+    # The fit runs on a copy, so that data that fails leaves the model as it was.
+    trial = apply(model, made)
+    fit_affine(trial, model, fitted, calibration)
+    new = apply_(model, made)
+    for name in fitted:
+        layer, source = new.get_submodule(name), trial.get_submodule(name)
+        layer.gain, layer.offset = source.gain, source.offset
+    return new
+
+
+def _fittable(edits: Sequence[Entry]) -> list[str]:
+    """The operators that began with the convolution's weights but not its function, in execution order."""
+    return [e.site.name for e in edits if e.start is not None and e.start.name == "copy" and e.exactness == "none"]
+
+
+def calibrate_affine(model: nn.Module, batches: Any, *, teacher: nn.Module) -> dict[str, float]:
+    """Fit a per-channel affine behind every operator that started by ``copy``, to the teacher's convolutions.
+
+    Closed-form least squares in float64, layer by layer in execution order; ``model`` is changed in place. What
+    :func:`convert` does with ``calibration=``, for a model converted before.
+
+    Args:
+        model: a converted model.
+        batches: images, as for :func:`convert`.
+        teacher: the original model.
+
+    Returns:
+        The relative error left at each layer.
+    """
+    done = record(model)
+    names = _fittable(done.edits if done else ())
+    if not names:
+        raise ConversionError("no operator of this model started by copy: there is no affine to fit")
+    return fit_affine(model, teacher, names, batches)
+
+
+def export_onnx(model: nn.Module, path: str | os.PathLike[str], **options: Any) -> Parity | None:
+    """Write ``model`` as ONNX, verified; see :func:`convsurgery.export.export_onnx` for all options."""
+    from convsurgery.export import export_onnx as write
+
+    return write(model, path, **options)
+
+
+def verify_onnx(path: str | os.PathLike[str], model: nn.Module, **options: Any) -> Parity:
+    """Compare an ONNX file with a model; see :func:`convsurgery.export.verify_onnx` for all options."""
+    from convsurgery.export import verify_onnx as check
+
+    return check(path, model, **options)
+
+
+def _label(model: nn.Module) -> str:
+    base = getattr(model, "_convsurgery_base", None)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return str(base.name if base is not None else cfg.get("architecture") or type(model).__name__)
+
+
+def _inputs(model: nn.Module, example: Inputs) -> tuple[Tensor, ...]:
+    if isinstance(example, Tensor):
+        return (example,)
+    if example is not None:
+        return tuple(example)
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    dtype, device = (torch.float32, torch.device("cpu")) if like is None else (like.dtype, like.device)
+    return (torch.empty(1, *zoo.input_size(model), dtype=dtype, device=device),)

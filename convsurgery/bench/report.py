@@ -1,0 +1,66 @@
+"""Benchmarks as text or JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from typing import Any
+
+import torch
+
+from convsurgery.errors import ConvSurgeryError, nearest
+
+__all__ = ["run_bench"]
+
+PARTS = ("ops", "convert", "all")
+
+
+def run_bench(what: str = "all", repeats: int = 30, threads: int = 2, as_json: bool = False) -> str:
+    """Run benchmarks and return the report.
+
+    Raises:
+        ConvSurgeryError: for a benchmark that does not exist.
+    """
+    if what not in PARTS:
+        raise ConvSurgeryError(f"no benchmark {what!r}; {nearest(what, PARTS)}")
+    torch.set_num_threads(threads)
+    results: dict[str, Any] = {"machine": f"{platform.machine()}, {threads} threads, torch {torch.__version__}"}
+    lines = [results["machine"]]
+    if what in ("ops", "all"):
+        lines += _operators(results, repeats)
+    if what in ("convert", "all"):
+        lines += _convert(results, repeats)
+    return json.dumps(results, indent=1) if as_json else "\n".join(lines)
+
+
+def _operators(results: dict[str, Any], repeats: int) -> list[str]:
+    from convsurgery.bench.operators import BATCH, CHANNELS, KERNEL, SIZE, bench_operators, bench_unfold
+
+    times = bench_operators(repeats)
+    unfold = bench_unfold(repeats)
+    results["ops"] = [dataclasses.asdict(time) for time in times]
+    results["times faster than unfold"] = unfold
+    lines = [
+        f"\nmultiples of F.conv2d, float32, batch {BATCH}, {CHANNELS}→{CHANNELS}, {SIZE}², {KERNEL}x{KERNEL}",
+        f"{'operator':<14}{'start':<9}{'inference':>10}{'promised':>10}{'fwd + bwd':>11}{'promised':>10}",
+    ]
+    for time in times:
+        bounds = ["measured" if bound is None else f"≤ {bound:g}" for bound in time.promised]
+        lines.append(
+            f"{time.name:<14}{time.start:<9}{time.inference:>9.2f}×{bounds[0]:>10}{time.training:>10.2f}×{bounds[1]:>10}"
+        )
+    lines += [f"{name}: {factor:.0f}× faster than its unfold form" for name, factor in unfold.items()]
+    return lines
+
+
+def _convert(results: dict[str, Any], repeats: int) -> list[str]:
+    from convsurgery.bench.convert import bench_convert
+
+    taken = bench_convert(repeats)
+    results["convert"] = taken
+    lines = ["\nresnet50, all-conv->kerv-poly, shapes included"]
+    lines += [f"{name:<32}{seconds * 1e3:>8.0f} ms" for name, seconds in taken.items()]
+    for peer in ("timm create_feature_extractor", "timm get_graph_node_names"):
+        lines.append(f"convert / {peer}: {taken['convert'] / taken[peer]:.2f}×")
+    return lines

@@ -1,0 +1,315 @@
+"""The commands. Only what a command needs is imported, inside it: ``--help`` loads no torch."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["build"]
+
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="timm's name, torchvision/NAME, or a folder that convert wrote.")
+]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that convert or finetune wrote.")]
+RuleText = Annotated[
+    str, typer.Option("--rule", "-r", help="Which convolutions become what, e.g. first-conv->kerv-poly.")
+]
+StartText = Annotated[
+    str | None, typer.Option(help="How new operators begin: neutral, neutral(1e-3), copy or random.", metavar="START")
+]
+Classes = Annotated[int | None, typer.Option(help="Classes of the model's head.")]
+ImageSize = Annotated[int | None, typer.Option(help="Height and width of the input in pixels.")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Load the published weights.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Load weights from a file: .safetensors, or .pth (tensors only, no code).")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def build() -> typer.Typer:
+    """The command-line application."""
+    app = typer.Typer(
+        name="convsurgery",
+        help="Replace the convolutions of pretrained vision models, and keep what they predict.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    app.callback()(_root)
+    for command in (plan, convert, _finetune_command(), export, verify, ops, demo, bench):
+        app.command()(command)
+    return app
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from convsurgery import __version__
+
+        typer.echo(f"convsurgery {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    pass
+
+
+def _open(
+    name: str,
+    pretrained: bool = False,
+    checkpoint: Path | None = None,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    meta: bool = False,
+) -> nn.Module:
+    """The model a command-line argument names: a saved folder, or a model to build."""
+    import convsurgery as cs
+    from convsurgery.errors import ModelError
+    from convsurgery.surgery.storage import CONFIG
+
+    if (Path(name) / CONFIG).is_file():
+        if pretrained or checkpoint or num_classes or img_size:
+            raise ModelError(
+                f"{name} is a saved model: --pretrained, --checkpoint, --num-classes, --img-size are settled"
+            )
+        return cs.load(name)
+    return cs.create_model(
+        name,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        num_classes=num_classes,
+        img_size=img_size,
+        device="meta" if meta else None,
+    )
+
+
+def plan(
+    model: ModelName,
+    rule: RuleText,
+    start: StartText = None,
+    num_classes: Classes = None,
+    img_size: ImageSize = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what convert would do; no weights are loaded."""
+    import convsurgery as cs
+
+    made = cs.plan(_open(model, num_classes=num_classes, img_size=img_size, meta=True), rule, start=start)
+    typer.echo(made.to_json(indent=1) if as_json else str(made))
+
+
+def convert(
+    model: ModelName,
+    rule: RuleText,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    start: StartText = None,
+    pretrained: Pretrained = False,
+    checkpoint: Checkpoint = None,
+    num_classes: Classes = None,
+    img_size: ImageSize = None,
+) -> None:
+    """Convert a model and save it as a folder."""
+    import convsurgery as cs
+
+    source = _open(model, pretrained, checkpoint, num_classes, img_size)
+    new = cs.convert_(source, rule, start=start)
+    folder = cs.save(new, output)
+    done = cs.record(new)
+    typer.echo(str(done.plans[-1] if done else ""))
+    typer.echo(f"wrote {folder}")
+
+
+def _teacher(wanted: str | None, model: nn.Module) -> tuple[nn.Module | None, str]:
+    """The teacher that ``--teacher`` names, and how to print it."""
+    import copy
+
+    import convsurgery as cs
+    from convsurgery import zoo
+    from convsurgery.errors import ModelError
+    from convsurgery.surgery.storage import CONFIG
+
+    if wanted is None:
+        done = cs.record(model)
+        kept = done is not None and all(entry.exactness != "none" for entry in done.edits)
+        wanted = "start" if kept else "none"
+    if wanted == "none":
+        return None, "no teacher: plain cross-entropy"
+    if wanted == "start":
+        return copy.deepcopy(model), "teacher: the model as it stands before training"
+    if (Path(wanted) / CONFIG).is_file():
+        return cs.load(wanted), f"teacher: {wanted}"
+    base = zoo.identify(model)
+    if wanted == "pretrained" or Path(wanted).is_file():
+        if base is None:
+            raise ModelError("the folder does not name its base model: give the teacher as a folder")
+        checkpoint = None if wanted == "pretrained" else Path(wanted)
+        teacher = cs.create_model(base.name, pretrained=checkpoint is None, checkpoint=checkpoint, **dict(base.kwargs))
+        return teacher, f"teacher: {base.name} with weights of {wanted}"
+    raise ModelError(f"--teacher {wanted}: no such folder or file; or say start, pretrained or none")
+
+
+def _finetune_command() -> Any:
+    """``finetune``, with one option for each field of FinetuneConfig: no list of settings is kept twice."""
+    from convsurgery.adapt.config import FinetuneConfig
+
+    knobs = {field.name: field for field in fields(FinetuneConfig)}
+
+    def finetune(
+        folder: Folder,
+        output: Annotated[Path, typer.Option("--output", "-o", help="Folder for best/, last/ and metrics.csv.")],
+        data_dir: Annotated[
+            Path | None, typer.Option(help="Folder of images with train/ and val/, or root of the dataset.")
+        ] = None,
+        dataset: Annotated[str | None, typer.Option(help="digits, torch/cifar10, ...; a folder needs none.")] = None,
+        dataset_download: Annotated[
+            bool, typer.Option("--dataset-download", help="Let torchvision fetch the dataset.")
+        ] = False,
+        teacher: Annotated[
+            str | None,
+            typer.Option(
+                help="start (the model before training), pretrained, a folder, a weight file, or none. "
+                "By default start, where every start keeps the function, else none."
+            ),
+        ] = None,
+        resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
+        **settings: Any,
+    ) -> None:
+        """Train a converted model, with the original as its teacher."""
+        import convsurgery as cs
+        from convsurgery.errors import DataError
+
+        if dataset is None and data_dir is None:
+            raise DataError("no data: give --data-dir FOLDER (with train/ and val/), or --dataset digits")
+        model = cs.load(folder)
+        guide, text = _teacher(teacher, model)
+        typer.echo(text)
+        given = {name: _value(knobs[name], value) for name, value in settings.items()}
+        result = cs.finetune(
+            model,
+            dataset or str(data_dir),
+            teacher=guide,
+            output=output,
+            resume=resume,
+            overwrite=overwrite,
+            data_dir=data_dir if dataset else None,
+            download=dataset_download,
+            **given,
+        )
+        best = result.best
+        if best.val_top1 is not None:
+            before = f" (before training {result.initial.val_top1:.2f})" if result.initial.val_top1 is not None else ""
+            typer.echo(f"best epoch {best.epoch}: top-1 {best.val_top1:.2f} %{before}")
+        typer.echo("wrote " + ", ".join(str(path) for path in result.files))
+
+    signature = inspect.signature(finetune, eval_str=True)
+    named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    parameters = [*named, *(_option(field) for field in knobs.values())]
+    finetune.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    finetune.__annotations__ = {p.name: p.annotation for p in parameters}
+    return finetune
+
+
+def _option(field: Any) -> inspect.Parameter:
+    """A settings field as a typer parameter; tuples are written with commas."""
+    flag = "--" + field.name.replace("_", "-")
+    kind = str(field.type).removesuffix(" | None")
+    python: Any = {"int": int, "float": float, "bool": bool}.get(kind, str)
+    default = field.default
+    if kind.startswith("tuple") and default is not None:
+        default = ",".join(map(str, default))
+    short = {"batch_size": ("-b",)}.get(field.name, ())
+    option = typer.Option(*([flag, *short]), help=field.metadata["help"].capitalize() + ".")
+    if python is bool and not field.name.startswith("no_"):
+        option = typer.Option(f"{flag}/--no-{flag[2:]}", help=field.metadata["help"].capitalize() + ".")
+    annotation: Any = Annotated[python | None if field.default is None else python, option]
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _value(field: Any, value: Any) -> Any:
+    """What the settings want for what the command line gave."""
+    if value is None or not str(field.type).startswith("tuple"):
+        return value
+    number = int if "int" in str(field.type) else float
+    try:
+        return tuple(number(part) for part in str(value).split(",") if part.strip())
+    except ValueError:
+        raise typer.BadParameter(f"--{field.name.replace('_', '-')} takes numbers with commas, not {value!r}") from None
+
+
+def export(
+    folder: Folder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .onnx file to write.")],
+    inline: Annotated[bool, typer.Option("--inline", help="Standard ONNX operators only.")] = False,
+    opset: Annotated[int | None, typer.Option(help="Opset of the standard operators, 18 to 23; 18 by default.")] = None,
+    check: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch before writing.")] = True,
+    tolerance: Annotated[float, typer.Option(help="Largest error allowed, relative to the largest output.")] = 1e-4,
+    static_batch: Annotated[bool, typer.Option("--static-batch", help="Fix the batch size (at 2).")] = False,
+) -> None:
+    """Write a saved model as ONNX, verified in ONNX Runtime."""
+    import convsurgery as cs
+
+    parity = cs.export_onnx(
+        cs.load(folder),
+        output,
+        inline=inline,
+        opset=opset,
+        verify=check,
+        tolerance=tolerance,
+        dynamic_batch=not static_batch,
+    )
+    typer.echo(str(parity) if parity else "not verified")
+    typer.echo(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
+
+
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The .onnx file.")],
+    against: Annotated[Path, typer.Option(help="Folder of the model it was made from.")],
+    tolerance: Annotated[float, typer.Option(help="Largest error allowed, relative to the largest output.")] = 1e-4,
+) -> None:
+    """Compare an ONNX file with a saved model; exit code 1 when they differ."""
+    import convsurgery as cs
+
+    typer.echo(str(cs.verify_onnx(file, cs.load(against), tolerance=tolerance)))
+
+
+def ops(as_json: AsJson = False) -> None:
+    """List operators with their arguments, and the places that rules can name."""
+    from convsurgery.cli.catalogue import catalogue, catalogue_text
+
+    typer.echo(json.dumps(catalogue(), indent=1, ensure_ascii=False) if as_json else catalogue_text())
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("convsurgery-demo"),
+    seed: Annotated[int, typer.Option(help="Of training.")] = 0,
+) -> None:
+    """The whole way on scikit-learn's digits: train, convert, fine-tune, export, verify, time. Under 3 minutes."""
+    from convsurgery.cli.demo import run_demo
+
+    run_demo(output, seed)
+
+
+def bench(
+    what: Annotated[str, typer.Argument(help="ops, convert, or all.")] = "all",
+    repeats: Annotated[int, typer.Option(help="Rounds; medians are shown.")] = 30,
+    threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the operators against F.conv2d, and converting against timm's tracing."""
+    from convsurgery.bench import run_bench
+
+    typer.echo(run_bench(what, repeats, threads, as_json))

@@ -1,0 +1,126 @@
+"""Operators as ONNX nodes: the translation table for the exporter, and the function bodies for the finished file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import onnx
+import torch
+from onnx import defs
+from onnxscript import values
+
+from convsurgery.errors import ExportError
+from convsurgery.operators import list_operators, operator
+from convsurgery.operators.onnx import CONV_ATTRIBUTES, DOMAIN, VERSION, NodeForm, OnnxFunction
+
+__all__ = ["attach_functions", "custom_nodes", "translation_table"]
+
+#: names of the first two inputs of every node, as in ONNX's own Conv
+_LEADING = ("X", "W")
+
+
+def _functions() -> dict[str, OnnxFunction]:
+    found = (operator(name).onnx for name in list_operators())
+    return {function.op_type: function for function in found if function is not None}
+
+
+def _inputs(function: OnnxFunction) -> tuple[str, ...]:
+    return (*_LEADING, *function.inputs[len(_LEADING) :])
+
+
+def _schema(function: OnnxFunction, optional: set[str]) -> defs.OpSchema:
+    kinds = defs.OpSchema.FormalParameterOption
+    inputs = [
+        defs.OpSchema.FormalParameter(name, "T", param_option=kinds.Optional if name in optional else kinds.Single)
+        for name in _inputs(function)
+    ]
+    integers = [*function.attributes, CONV_ATTRIBUTES["groups"]]
+    lists = [name for name in CONV_ATTRIBUTES.values() if name not in integers]
+    attributes = [
+        *(defs.OpSchema.Attribute(name, defs.OpSchema.AttrType.INT, "", required=True) for name in integers),
+        *(defs.OpSchema.Attribute(name, defs.OpSchema.AttrType.INTS, "", required=True) for name in lists),
+    ]
+    return defs.OpSchema(
+        function.op_type,
+        DOMAIN,
+        VERSION,
+        inputs=inputs,
+        outputs=[defs.OpSchema.FormalParameter("Y", "T")],
+        type_constraints=[("T", ["tensor(float)"], "")],
+        attributes=attributes,
+    )
+
+
+def translation_table() -> dict[Any, Callable[..., Any]]:
+    """For ``torch.onnx.export``: every op of ours becomes one node in domain ``ai.convsurgery``."""
+    return dict(_translation(function) for function in _functions().values())
+
+
+def _translation(function: OnnxFunction) -> tuple[Any, Callable[..., Any]]:
+    op = getattr(torch.ops.convsurgery, function.torch_op).default
+    arguments = [argument.name for argument in op._schema.arguments]
+    optional = {a.name for a in op._schema.arguments if isinstance(a.type, torch.OptionalType)}
+    node = values.Op(values.Opset(DOMAIN, VERSION), function.op_type, _schema(function, optional))
+
+    def translate(*args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(arguments, args, strict=False)), **kwargs}
+        if given.get("scale") is not None:
+            raise ExportError(f"{function.op_type} still has a scale; fuse() the model before exporting it")
+        attributes: dict[str, Any] = {name: int(given[name]) for name in function.attributes}
+        for name, attribute in CONV_ATTRIBUTES.items():
+            value = given[name]
+            # torch's symmetric (vertical, horizontal) padding is begin and end of each axis in ONNX.
+            attributes[attribute] = int(value) if name == "groups" else [int(v) for v in value]
+        attributes["pads"] = attributes["pads"] * 2
+        return node(*(given.get(name) for name in function.inputs), **attributes)
+
+    return op, translate
+
+
+def custom_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of our domain, in the order of execution."""
+    return (node for node in model.graph.node if node.domain == DOMAIN)
+
+
+def attach_functions(model: onnx.ModelProto) -> None:
+    """Give every node of ours its meaning as a model-local function of standard operators.
+
+    A body that depends on the node (degree, optional inputs) is one overload of the function; ``node.overload``
+    chooses.
+    """
+    functions = _functions()
+    attached: dict[tuple[str, str], onnx.FunctionProto] = {}
+    for node in custom_nodes(model):
+        function = functions[node.op_type]
+        form = _form(function, node)
+        node.overload = function.overload(form)
+        key = (node.op_type, node.overload)
+        if key not in attached:
+            attached[key] = _proto(function, form, node.overload, model)
+    model.functions.extend(attached.values())
+
+
+def _form(function: OnnxFunction, node: onnx.NodeProto) -> NodeForm:
+    attributes = {a.name: a.i for a in node.attribute if a.type == onnx.AttributeProto.INT}
+    names = _inputs(function)
+    return NodeForm(attributes, frozenset(name for name, value in zip(names, node.input, strict=False) if value))
+
+
+def _proto(function: OnnxFunction, form: NodeForm, overload: str, model: onnx.ModelProto) -> onnx.FunctionProto:
+    standard = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    attributes = [*function.attributes, *CONV_ATTRIBUTES.values()]
+    lines = "\n".join(f"  {line}" for line in function.body(form))
+    text = (
+        f'<domain: "{DOMAIN}", opset_import: ["" : {standard}]>\n'
+        f"{function.op_type} <{', '.join(attributes)}> ({', '.join(_inputs(function))}) => (Y)\n{{\n{lines}\n}}"
+    )
+    try:
+        proto = onnx.parser.parse_function(text)
+    except onnx.parser.ParseError as error:
+        raise ExportError(f"the body of {function.op_type} ({overload}) does not parse: {error}\n{text}") from error
+    proto.overload = overload
+    # The checker wants a function's imports to equal the model's.
+    del proto.opset_import[:]
+    proto.opset_import.extend(model.opset_import)
+    return proto

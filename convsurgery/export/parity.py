@@ -1,0 +1,217 @@
+"""Does the ONNX file compute what the PyTorch model computes? If not, where does it begin to differ?"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from convsurgery import zoo
+from convsurgery.errors import ExportError, ParityError
+from convsurgery.graph import copy_model
+from convsurgery.surgery import fuse, unwrap
+
+__all__ = ["BATCHES", "NODES", "TOLERANCE", "Parity", "check_parity", "verify_onnx"]
+
+BATCHES = (1, 2, 5)
+TOLERANCE = 1e-4
+#: metadata key: value name in the graph → module of the PyTorch model, for every operator of ours
+NODES = "convsurgery.nodes"
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What a comparison measured.
+
+    Attributes:
+        batches: batch sizes compared.
+        error: largest difference over all outputs, relative to PyTorch's largest output.
+        median_error, p99_error: of the differences of single values, relative to the same.
+        agreement: share of images with the same top-1 class; None when the output is no table of logits.
+        images: how many images were compared.
+    """
+
+    batches: tuple[int, ...]
+    error: float
+    median_error: float
+    p99_error: float
+    agreement: float | None
+    images: int
+
+    def __str__(self) -> str:
+        top = "" if self.agreement is None else f", same top-1 on {self.agreement:.2%}"
+        return (
+            f"{self.images} images in batches of {', '.join(map(str, self.batches))}: largest error "
+            f"{self.error:.1e} of the largest output (99 % within {self.p99_error:.1e}, median "
+            f"{self.median_error:.1e}){top}"
+        )
+
+
+def verify_onnx(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    example_inputs: Tensor | Sequence[Tensor] | None = None,
+    batches: Sequence[int] = BATCHES,
+    tolerance: float = TOLERANCE,
+    data: Iterable[Any] | None = None,
+) -> Parity:
+    """Compare an ONNX file with the model it was made from, in ONNX Runtime on the CPU.
+
+    Args:
+        path: the file.
+        model: the PyTorch model; run in eval mode, not changed.
+        example_inputs: what the forward takes; random images of the model's input size when not given.
+        batches: batch sizes to try, as far as the file allows them.
+        tolerance: largest difference allowed, relative to PyTorch's largest output.
+        data: further batches, tensors or ``(images, targets)`` pairs.
+
+    Raises:
+        ExportError: when the file cannot be read or run.
+        ParityError: when it computes something else; names the first node that differs.
+    """
+    inputs = example_inputs
+    if inputs is None:
+        inputs = torch.rand(2, *zoo.input_size(unwrap(model)), generator=torch.Generator().manual_seed(0))
+    given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    return check_parity(Path(path), unwrap(model), given, tuple(batches), tolerance, data)
+
+
+def check_parity(
+    path: Path,
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    batches: tuple[int, ...],
+    tolerance: float,
+    data: Iterable[Any] | None = None,
+) -> Parity:
+    """As :func:`verify_onnx`, everything given."""
+    session = _session(path)
+    fixed = session.get_inputs()[0].shape[0]
+    if isinstance(fixed, int):
+        batches = (fixed,)
+    reference = copy_model(model).cpu().eval()
+    tries = [_random_like(inputs, batch) for batch in batches]
+    tries += [(_images(batch),) for batch in data or ()]
+    errors, scale, same, images = [], 0.0, [], 0
+    for arrays in tries:
+        wanted = _torch_outputs(reference, arrays)
+        got = _run(session, arrays, path)
+        if [w.shape for w in wanted] != [g.shape for g in got]:
+            shapes = f"{[g.shape for g in got]}, PyTorch's {[w.shape for w in wanted]}"
+            raise ParityError(f"{path.name}: the outputs have shapes {shapes}")
+        for w, g in zip(wanted, got, strict=True):
+            errors.append(np.abs(g.astype(np.float64) - w).ravel())
+            scale = max(scale, float(np.abs(w).max(initial=0.0)))
+        images += len(arrays[0])
+        if len(wanted) == 1 and wanted[0].ndim == 2:
+            same.append(wanted[0].argmax(1) == got[0].argmax(1))
+    relative = np.concatenate(errors) / (scale or 1.0)
+    parity = Parity(
+        batches,
+        float(relative.max(initial=0.0)),
+        float(np.median(relative)),
+        float(np.quantile(relative, 0.99)),
+        float(np.concatenate(same).mean()) if same else None,
+        images,
+    )
+    # Written so that NaN fails.
+    if not parity.error <= tolerance:
+        where = _first_difference(path, reference, tries[0], tolerance)
+        raise ParityError(
+            f"{path.name} does not compute what the model computes: {parity}; allowed {tolerance:.1e}. {where}"
+        )
+    return parity
+
+
+def _session(source: Path | bytes) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(
+            source if isinstance(source, bytes) else str(source), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:
+        name = "the graph" if isinstance(source, bytes) else source.name
+        raise ExportError(f"ONNX Runtime cannot load {name}: {error}") from error
+
+
+def _random_like(inputs: tuple[Tensor, ...], batch: int) -> tuple[np.ndarray[Any, Any], ...]:
+    """The example first, then random values of its range, ``batch`` in all."""
+    generator = torch.Generator().manual_seed(batch)
+    made = []
+    for x in inputs:
+        drawn = torch.rand((batch, *x.shape[1:]), generator=generator) * (x.max() - x.min()) + x.min()
+        keep = min(batch, x.shape[0]) - 1 if batch > 1 else 0
+        drawn[:keep] = x[:keep]
+        made.append(drawn.to(x.dtype).numpy())
+    return tuple(made)
+
+
+def _images(batch: Any) -> np.ndarray[Any, Any]:
+    images = batch if isinstance(batch, Tensor) else batch[0]
+    array: np.ndarray[Any, Any] = images.detach().cpu().float().numpy()
+    return array
+
+
+def _torch_outputs(model: nn.Module, arrays: tuple[np.ndarray[Any, Any], ...]) -> list[np.ndarray[Any, Any]]:
+    with torch.no_grad():
+        out = model(*(torch.from_numpy(array) for array in arrays))
+    return [leaf.numpy() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+
+
+def _run(session: Any, arrays: tuple[np.ndarray[Any, Any], ...], path: Path) -> list[np.ndarray[Any, Any]]:
+    try:
+        feeds = {item.name: array for item, array in zip(session.get_inputs(), arrays, strict=True)}
+        outputs: list[np.ndarray[Any, Any]] = session.run(None, feeds)
+    except Exception as error:
+        raise ExportError(
+            f"ONNX Runtime cannot run {path.name} on shapes {[a.shape for a in arrays]}: {error}"
+        ) from error
+    return outputs
+
+
+def _first_difference(path: Path, model: nn.Module, arrays: tuple[np.ndarray[Any, Any], ...], tolerance: float) -> str:
+    """A sentence on where file and model part: every operator of ours is compared, in order."""
+    proto = onnx.load(str(path))
+    nodes = json.loads({p.key: p.value for p in proto.metadata_props}.get(NODES, "{}"))
+    if not nodes:
+        return "The file names no operators of convsurgery to compare."
+    known = {value.name for value in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in nodes if name not in known)
+    session = _session(proto.SerializeToString())
+    outputs = dict(zip([o.name for o in session.get_outputs()], _run(session, arrays, path), strict=True))
+    # The file was written from the fused model, where the batch norms are part of the operators.
+    seen: dict[str, Tensor] = {}
+    fused = fuse(model)
+    modules = dict(fused.named_modules(remove_duplicate=False))
+    for module in set(nodes.values()) & set(modules):
+        # A copy: the activation behind may work in place.
+        modules[module].register_forward_hook(lambda _, args, out, module=module: seen.setdefault(module, out.clone()))
+    folded, plain = _torch_outputs(fused, arrays), _torch_outputs(model, arrays)
+    last = ""
+    for value, module in nodes.items():
+        if module not in seen:
+            return f"The first node that differs: {value}: the model has no module {module!r} that is called."
+        wanted = seen[module].numpy()
+        if outputs[value].shape != wanted.shape:
+            return f"The first node that differs: {module or value}: shape {outputs[value].shape}, not {wanted.shape}."
+        error = float(np.abs(outputs[value] - wanted).max() / (np.abs(wanted).max() or 1.0))
+        if not error <= tolerance:
+            return f"The first node that differs: {module or value} ({type(modules[module]).__name__}), by {error:.1e}."
+        last = module or value
+    change = max(float(np.abs(a - b).max() / (np.abs(b).max() or 1.0)) for a, b in zip(folded, plain, strict=True))
+    if not change <= tolerance:
+        return f"All operators agree with the fused model, but fusing itself changed its output by {change:.1e}."
+    return f"All operators agree; the difference arises behind the last of them, {last}."

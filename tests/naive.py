@@ -1,0 +1,96 @@
+"""The operators from their formulas: an explicit patch matrix, float64, nothing shared with the package.
+
+Slow and hungry on purpose; no test may take its expected values from anywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: κ(x, w, h): windows x (N, g, 1, P, L) and filters w (1, g, C_out/g, P, 1), hyperparameter h broadcasting over
+#: (N, g, C_out/g, L), give (N, g, C_out/g, L)
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def linear(x: Tensor, w: Tensor, h: Tensor) -> Tensor:
+    return (x * w).sum(3)
+
+
+def l1(x: Tensor, w: Tensor, h: Tensor) -> Tensor:
+    return (x - w).abs().sum(3)
+
+
+def l2(x: Tensor, w: Tensor, h: Tensor) -> Tensor:
+    return (x - w).pow(2).sum(3).sqrt()
+
+
+def sigmoid(x: Tensor, w: Tensor, h: Tensor) -> Tensor:
+    return (x * w).sum(3).tanh()
+
+
+def gauss(x: Tensor, w: Tensor, h: Tensor) -> Tensor:
+    return (-h * (x - w).pow(2).sum(3)).exp()
+
+
+def poly(degree: int) -> Kernel:
+    def kernel(x: Tensor, w: Tensor, h: Tensor) -> Tensor:
+        return ((x * w).sum(3) + h).pow(degree)
+
+    return kernel
+
+
+def patches(x: Tensor, layer: nn.Module) -> tuple[Tensor, tuple[int, int]]:
+    """All windows of a batch, (N, C_in·kh·kw, L), and the output's height and width."""
+    kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
+    reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    if layer.padding == "same":
+        before = [r // 2 for r in reach]
+        after = [r - r // 2 for r in reach]
+    else:
+        before = after = [0, 0] if layer.padding == "valid" else list(layer.padding)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(x, [before[1], after[1], before[0], after[0]], mode)
+    size = tuple((padded.shape[2 + i] - reach[i] - 1) // stride[i] + 1 for i in (0, 1))
+    return F.unfold(padded, kernel, dilation=dilation, stride=stride), size
+
+
+def _by_output(constant: Tensor | None, groups: int, channels: int, absent: float) -> Tensor:
+    """A constant, () or (C_out,), as (g, C_out/g, 1) or something that broadcasts to it."""
+    if constant is None:
+        return torch.tensor(absent, dtype=torch.float64)
+    return constant.detach().double().expand(channels).reshape(groups, channels // groups, 1)
+
+
+def kervolve(kernel: Kernel, layer: nn.Module, x: Tensor, hyper: Tensor | None = None) -> Tensor:
+    """``g·[κ(x, a·w) − κ(0, a·w)] + b`` of a layer's own state; the subtraction only where it is centred."""
+    if x.dim() == 3:
+        return kervolve(kernel, layer, x.unsqueeze(0), hyper).squeeze(0)
+    groups, channels = layer.groups, layer.out_channels
+    columns, (height, width) = patches(x.detach().double(), layer)
+    windows = columns.unflatten(1, (groups, 1, -1))
+    filters = layer.weight.detach().double().reshape(1, groups, channels // groups, -1, 1)
+    filters = filters * _by_output(getattr(layer, "scale", None), groups, channels, 1).unsqueeze(-1)
+    h = _by_output(hyper, groups, channels, 0)
+    y = kernel(windows, filters, h)
+    if getattr(layer, "centered", False):
+        y = y - kernel(torch.zeros_like(windows[..., :1]), filters, h)
+    y = y * _by_output(getattr(layer, "gain", None), groups, channels, 1)
+    for term in (layer.bias, getattr(layer, "offset", None)):
+        y = y + _by_output(term, groups, channels, 0)
+    return y.reshape(x.shape[0], channels, height, width)
+
+
+def convolve(layer: nn.Module, x: Tensor) -> Tensor:
+    """The convolution with the layer's weights in float64, by the same patch matrix."""
+    return kervolve(linear, layer, x)
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    """Largest difference, relative to the largest wanted value."""
+    assert got.shape == wanted.shape, f"shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
+    difference = (got.detach().double() - wanted.detach().double()).abs().max()
+    return float(difference / wanted.detach().abs().max())

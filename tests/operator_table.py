@@ -1,0 +1,214 @@
+"""One row per registered operator and per variant worth its own: what the generic tests know about it.
+
+Every tolerance is stated here and bounds :func:`naive.error`: the largest difference relative to the largest value. A
+registered operator without a row fails the collection of ``test_operators.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import naive
+import torch
+from torch import Tensor, nn
+
+from convsurgery.operators import OperatorConfig, Start, bind, list_operators, operator
+from convsurgery.rules import parse_target
+
+
+@dataclass(frozen=True)
+class Neutral:
+    """The limit in which the operator is the convolution.
+
+    Attributes:
+        order: of the error in ε, by ``facts/operators.md`` §1.
+        eps: powers of two, large to small, over which the error must fall so.
+        floor: relative error that float32 reaches at ``tiny``; possible only in the centred form.
+        tiny: the ε to reach it at.
+    """
+
+    order: int
+    eps: tuple[float, ...]
+    floor: float
+    tiny: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """An operator as a rule names it.
+
+    Attributes:
+        rule: the target.
+        kernel: naive formula of window and filter; None for the null operator, which is an ``nn.Conv2d``.
+        op: of ``torch.ops.convsurgery``.
+        op_type: of the ONNX node.
+        hyper: the hyperparameter's value after a ``copy`` start, from the number of values under the window.
+        float64, float32: bounds on the error of the plain and centred forms.
+        bfloat16, float16: bounds on the error under autocast, both forms.
+        onnx: bound on the error of ONNX Runtime.
+        neutral: None where there is no such start.
+        twice: whether a second derivative exists.
+    """
+
+    rule: str
+    kernel: naive.Kernel | None
+    op: str = ""
+    op_type: str = ""
+    hyper: Callable[[int], float] | None = None
+    float64: float = 0.0
+    float32: float = 0.0
+    bfloat16: float = 0.0
+    float16: float = 0.0
+    onnx: float = 0.0
+    neutral: Neutral | None = None
+    twice: bool = True
+
+    @property
+    def config(self) -> OperatorConfig:
+        return bind(parse_target(self.rule))
+
+    @property
+    def learnable(self) -> bool | str:
+        return getattr(self.config, "learnable", False)
+
+    def layer(self, conv: nn.Conv2d, start: str = "copy", *, absorb: bool = False) -> nn.Module:
+        """The module that takes ``conv``'s place."""
+        config = self.config
+        return config.build(conv, config.start_for(Start.parse(start)), absorb=absorb).module
+
+    def full(self, conv: nn.Conv2d, *, centered: bool) -> nn.Module:
+        """As :meth:`layer`, with all constants given, different in every channel."""
+        layer = self.layer(conv)
+        channels = conv.out_channels
+        layer.centered = centered
+        layer.scale = layer.constant(torch.linspace(-1.2, 0.7, channels))
+        layer.gain = layer.constant(torch.linspace(1.5, -0.5, channels))
+        layer.offset = layer.constant(torch.linspace(0.3, 0.6, channels))
+        if self.learnable == "channel":
+            log = getattr(layer, f"log_{layer.hyper_name}")
+            log.data += torch.linspace(-0.5, 0.5, channels)
+        return layer
+
+    def naive(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """What ``layer`` has to compute, in float64."""
+        assert self.kernel is not None
+        return naive.kervolve(self.kernel, layer, x, layer.hyper() if layer.hyper_name else None)
+
+    def __str__(self) -> str:
+        return self.rule
+
+
+def _poly(rule: str, degree: int, balance: float, bfloat16: float, float16: float, neutral: Neutral | None) -> Row:
+    return Row(
+        rule,
+        naive.poly(degree),
+        "kerv_poly",
+        "PolyKervolution2d",
+        lambda patch: balance,
+        float64=1e-14,
+        float32=2e-6,
+        bfloat16=bfloat16,
+        float16=float16,
+        onnx=2e-6,
+        neutral=neutral,
+    )
+
+
+def _gauss(rule: str, gamma: float | None) -> Row:
+    return Row(
+        rule,
+        naive.gauss,
+        "kerv_gauss",
+        "GaussKervolution2d",
+        lambda patch: gamma or 1 / patch,
+        float64=5e-15,
+        float32=1e-6,
+        bfloat16=0.012,
+        float16=1.5e-3,
+        onnx=2e-6,
+        # κ grows with the filters, so that the same error wants a smaller ε than elsewhere.
+        neutral=None if gamma else Neutral(1, (2.0**-8, 2.0**-12, 2.0**-16), 1e-5, 2.0**-24),
+    )
+
+
+_LINEAR_LIMIT = Neutral(1, (2.0**-6, 2.0**-9, 2.0**-12), 1e-5, 2.0**-24)
+
+TABLE = (
+    Row("conv", None),
+    Row(
+        "kerv-linear",
+        naive.linear,
+        "kerv_linear",
+        "LinearKervolution2d",
+        float64=5e-15,
+        float32=1e-6,
+        bfloat16=0.01,
+        float16=1.3e-3,
+        onnx=1e-6,
+    ),
+    # Of degree 1 the polynomial is affine: neutral at any ε.
+    _poly("kerv-poly(degree=1)", 1, 1.0, 0.01, 1.3e-3, Neutral(0, (1.0, 2.0**-6), 1e-5, 2.0**-24)),
+    _poly("kerv-poly(degree=2)", 2, 1.0, 0.015, 2e-3, _LINEAR_LIMIT),
+    _poly("kerv-poly", 3, 1.0, 0.02, 3e-3, _LINEAR_LIMIT),
+    _poly("kerv-poly(degree=5, balance=0.5)", 5, 0.5, 0.03, 5e-3, _LINEAR_LIMIT),
+    _poly("kerv-poly(degree=2, balance=0)", 2, 0.0, 0.02, 3e-3, None),
+    _poly("kerv-poly(learnable=true)", 3, 1.0, 0.02, 3e-3, _LINEAR_LIMIT),
+    _poly("kerv-poly(degree=4, balance=2.0, learnable=channel)", 4, 2.0, 0.025, 3e-3, _LINEAR_LIMIT),
+    _gauss("kerv-gauss", None),
+    _gauss("kerv-gauss(gamma=0.1)", 0.1),
+    _gauss("kerv-gauss(learnable=true)", None),
+    _gauss("kerv-gauss(gamma=0.05, learnable=channel)", 0.05),
+    Row(
+        "kerv-sigmoid",
+        naive.sigmoid,
+        "kerv_sigmoid",
+        "SigmoidKervolution2d",
+        float64=5e-15,
+        float32=1e-6,
+        bfloat16=0.01,
+        float16=1.3e-3,
+        onnx=2e-6,
+        neutral=Neutral(2, (2.0**-2, 2.0**-4, 2.0**-6), 1e-5, 2.0**-12),
+    ),
+    Row(
+        "kerv-l1",
+        naive.l1,
+        "kerv_l1",
+        "L1Kervolution2d",
+        float64=5e-15,
+        float32=1e-6,
+        bfloat16=0.01,
+        float16=1.3e-3,
+        onnx=2e-6,
+        # ∂²/∂x∂w of |x − w| is 0 almost everywhere, and its backward has no derivative of its own.
+        twice=False,
+    ),
+    Row(
+        "kerv-l2",
+        naive.l2,
+        "kerv_l2",
+        "L2Kervolution2d",
+        float64=5e-15,
+        float32=1e-6,
+        bfloat16=0.01,
+        float16=1.3e-3,
+        onnx=2e-6,
+        neutral=Neutral(1, (2.0**-8, 2.0**-12, 2.0**-16), 1e-5, 2.0**-24),
+    ),
+)
+
+#: all but the null operator
+KERVOLUTIONS = tuple(row for row in TABLE if row.kernel is not None)
+NEUTRAL = tuple(row for row in TABLE if row.neutral is not None)
+LEARNABLE = tuple(row for row in TABLE if row.learnable)
+
+
+def operators_without_row(names: Iterable[str]) -> list[str]:
+    """Those of our own registered operators that no row tests; a user's own are no concern of this table."""
+    ours = {name for name in names if operator(name).__module__.startswith("convsurgery.")}
+    return sorted(ours - {row.config.name for row in TABLE})
+
+
+if untested := operators_without_row(list_operators()):
+    raise LookupError(f"operators without a row in {__file__}: {', '.join(untested)}")
