@@ -35,6 +35,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     words = sorted(set(known))
     close = difflib.get_close_matches(name, words, n=3, cutoff=0.6)
     if close:
+        # The second best is worth naming only when it is about as close as the best.
+        score = {word: difflib.SequenceMatcher(None, word, name).ratio() for word in close}
+        close = [word for word in close if score[word] > score[close[0]] - 0.1]
         return "did you mean " + " or ".join(repr(word) for word in close) + "?"
     return "known: " + ", ".join(words) if words else ""
 

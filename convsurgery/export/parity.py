@@ -50,9 +50,8 @@ class Parity:
     def __str__(self) -> str:
         top = "" if self.agreement is None else f", same top-1 on {self.agreement:.2%}"
         return (
-            f"{self.images} images in batches of {', '.join(map(str, self.batches))}: largest error "
-            f"{self.error:.1e} of the largest output (99 % within {self.p99_error:.1e}, median "
-            f"{self.median_error:.1e}){top}"
+            f"{self.images} images in batches of {', '.join(map(str, self.batches))}: error relative to the largest "
+            f"output {self.error:.1e} at most, {self.p99_error:.1e} for 99 %, {self.median_error:.1e} in the median{top}"
         )
 
 

@@ -96,16 +96,20 @@ def add_window_map(result: str, s: str, factor: str, form: NodeForm) -> list[str
 
 
 def affine(y: str, form: NodeForm) -> list[str]:
-    """``Y = gain · y + B`` with whichever is present."""
-    lines = []
-    if "gain" in form:
-        lines += [channel("gain_map", "gain"), f"gained = Mul ({y}, gain_map)"]
-        y = "gained"
-    if "bias" in form:
-        lines += [channel("bias_map", "bias"), f"Y = Add ({y}, bias_map)"]
-    else:
-        lines += [f"Y = Identity ({y})"]
-    return lines
+    """``Y = gain · y + bias`` with whichever is present.
+
+    Both at once are a BatchNormalization with mean 0 and variance 1: one pass per channel, where a runtime's broadcast
+    of (C, 1, 1) over small images is slow, and runtimes fold it into a convolution that stands directly before it.
+    """
+    if "gain" not in form and "bias" not in form:
+        return [f"Y = Identity ({y})"]
+    lines = ["affine_count = Shape <start = 0, end = 1> (W)"]
+    lines += [number("affine_one", 1.0), number("affine_nil", 0.0), "unit_var = Expand (affine_one, affine_count)"]
+    lines.append("zero_mean = Expand (affine_nil, affine_count)")
+    lines.append(f"affine_gain = Expand ({'gain' if 'gain' in form else 'affine_one'}, affine_count)")
+    lines.append(f"affine_bias = Expand ({'bias' if 'bias' in form else 'affine_nil'}, affine_count)")
+    inputs = f"{y}, affine_gain, affine_bias, zero_mean, unit_var"
+    return [*lines, f"Y = BatchNormalization <epsilon = 0.0> ({inputs})"]
 
 
 def powers(base: str, exponent: int) -> tuple[list[str], str]:

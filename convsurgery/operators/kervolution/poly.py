@@ -257,26 +257,21 @@ def _overload(form: NodeForm) -> str:
 
 def _body(form: NodeForm) -> list[str]:
     degree = form.attributes["degree"]
-    lines = [*text.expanded("c", "balance"), text.conv("s", "X", "W")]
+    lines = [text.conv("s", "X", "W")]
+    lines += text.expanded("c", "balance") if not form.centered else [text.channel("c", "balance")]
     if not form.centered:
         power, result = text.powers("t", degree)
         return text.statements(lines, "t = Add (s, c)", power, text.affine(result, form))
-    # Horner's rule on g·((s + c)^d − c^d): the coefficients are constants that a runtime folds.
-    lines += [text.channel("g", "gain")] if "gain" in form else [text.number("g", 1.0)]
-    power_of_c = "g"
-    for j in range(degree, 0, -1):
-        lines += [text.number(f"n{j}", float(math.comb(degree, j))), f"k{j} = Mul (n{j}, {power_of_c})"]
-        if j > 1:
-            lines.append(f"g{j} = Mul ({power_of_c}, c)")
-            power_of_c = f"g{j}"
-    lines.append(f"y{degree} = Mul (s, k{degree})")
+    # (s + c)^d − c^d by Horner's rule; its leading coefficient is 1, the others are constants that a runtime folds.
+    power_of_c, result = "c", "s"
     for j in range(degree - 1, 0, -1):
-        lines += [f"z{j} = Add (y{j + 1}, k{j})", f"y{j} = Mul (z{j}, s)"]
-    if "bias" in form:
-        lines += [text.channel("b", "bias"), "Y = Add (y1, b)"]
-    else:
-        lines.append("Y = Identity (y1)")
-    return text.statements(lines)
+        lines += [text.number(f"n{j}", float(math.comb(degree, j))), f"k{j} = Mul (n{j}, {power_of_c})"]
+        lines += [f"z{j} = Add ({result}, k{j})", f"y{j} = Mul (z{j}, s)"]
+        result = f"y{j}"
+        if j > 1:
+            lines.append(f"c{j} = Mul ({power_of_c}, c)")
+            power_of_c = f"c{j}"
+    return text.statements(lines, text.affine(result, form))
 
 
 @register_operator("kerv-poly")
