@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-
 # One thread: on a machine with other work, threads that wait for each other make small models many times slower.
 torch.set_num_threads(1)
 

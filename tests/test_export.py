@@ -22,7 +22,8 @@ from convsurgery.operators.onnx import DOMAIN
 @pytest.fixture(scope="module")
 def converted() -> nn.Module:
     torch.manual_seed(0)
-    model = cs.create_model("resnet10t", num_classes=10, in_chans=1, img_size=32)
+    # Without zero_init_last the residual branches count.
+    model = cs.create_model("resnet10t", num_classes=10, in_chans=1, img_size=32, zero_init_last=False)
     model.train()(torch.randn(16, 1, 32, 32))
     return cs.convert(model.eval(), "first-conv->kerv-poly; conv[k=1]->kerv-gauss; conv[in=BasicBlock]->kerv-l2")
 
@@ -135,8 +136,8 @@ def test_verify_names_the_first_node_that_differs(converted: nn.Module, exported
 
     other = copy.deepcopy(converted)
     with torch.no_grad():
-        other.layer2[0].conv2.weight[0] += 0.5
-    with pytest.raises(ParityError, match=r"first node that differs: layer2\.0\.conv2 \(L2Kervolution2d\), by "):
+        other.layer2[0].conv1.weight[0] += 0.5
+    with pytest.raises(ParityError, match=r"first node that differs: layer2\.0\.conv1 \(L2Kervolution2d\), by "):
         cs.verify_onnx(exported, other)
     other = copy.deepcopy(converted)
     with torch.no_grad():
@@ -160,17 +161,17 @@ def test_wrong_body_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from dataclasses import replace
 
     def wrong(form: object) -> list[str]:
-        return [line.replace("Tanh", "Sin") for line in right(form)]
+        return [line.replace("Tanh", "Sigmoid") for line in right(form)]
 
     from convsurgery.operators import KervSigmoid
 
     right = KervSigmoid.onnx.body
     monkeypatch.setattr(KervSigmoid, "onnx", replace(KervSigmoid.onnx, body=wrong))
-    model = cs.create_model("resnet10t", num_classes=10, img_size=32)
-    new = cs.convert(model, "conv[name=layer1.0.conv2]->kerv-sigmoid", start="copy")
+    model = cs.create_model("resnet10t", num_classes=10, img_size=32, zero_init_last=False)
+    new = cs.convert(model, "conv[name=layer1.0.conv1]->kerv-sigmoid", start="copy")
     path = tmp_path / "model.onnx"
     path.write_text("older")
-    with pytest.raises(ParityError, match=r"first node that differs: layer1\.0\.conv2"):
+    with pytest.raises(ParityError, match=r"first node that differs: layer1\.0\.conv1"):
         cs.export_onnx(new, path)
     assert path.read_text() == "older"
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]

@@ -679,3 +679,9 @@ def test_timm_reparameterize_finds_fuse() -> None:
     assert folded.conv1.scale is None
     x = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(folded(x), model(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "torchvision/vit_b_16", "resnet18", "efficientnet_b0"])
+def test_traceable_models_are_seen_by_fx(name: str) -> None:
+    """A class token is a parameter used by the model itself; FX must be able to follow it."""
+    assert cs.plan(name, "all-conv->conv").seen == "FX and hooks"

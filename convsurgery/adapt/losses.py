@@ -60,6 +60,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0
         teacher: logits ``(N, C)``, taken as constant.
         temperature: divides both logits.
 
+    >>> import torch
     >>> logits = torch.tensor([[1.0, 2.0]])
     >>> float(distillation_loss(logits, logits))
     0.0

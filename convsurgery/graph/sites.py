@@ -115,7 +115,10 @@ def _skeleton(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
     def fake(tensor: Tensor) -> Tensor:
         # Made by hand: ``mode.from_tensor`` describes views and autograd history too, which costs more than the rest.
-        return FakeTensor(mode, torch.empty_like(tensor, device="meta", requires_grad=False), tensor.device)
+        made = FakeTensor(mode, torch.empty_like(tensor, device="meta", requires_grad=False), tensor.device)
+        # FX follows Parameters only; this is the mark by which torch knows them in subclasses of Tensor.
+        made._is_param = isinstance(tensor, nn.Parameter)
+        return made
 
     memo = computed_attributes(model, fake)
     for tensor in itertools.chain(model.parameters(), model.buffers()):
