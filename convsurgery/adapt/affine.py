@@ -74,9 +74,13 @@ def _fit_one(model: nn.Module, reference: nn.Module, name: str, batches: Any) ->
     assert isinstance(layer, Kervolution2d)
     layer.gain = layer.offset = None
     seen: dict[str, Tensor] = {}
+
+    def keep(which: str, out: Tensor) -> None:
+        seen[which] = out.detach().clone()  # the activation behind may work in place
+
     handles = [
-        layer.register_forward_hook(lambda _, args, out: seen.__setitem__("new", out)),
-        conv.register_forward_hook(lambda _, args, out: seen.__setitem__("old", out)),
+        layer.register_forward_hook(lambda _, args, out: keep("new", out)),
+        conv.register_forward_hook(lambda _, args, out: keep("old", out)),
     ]
     moments = _Moments()
     try:

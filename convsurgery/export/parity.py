@@ -195,9 +195,12 @@ def _first_difference(path: Path, model: nn.Module, arrays: tuple[np.ndarray[Any
     seen: dict[str, Tensor] = {}
     fused = fuse(model)
     modules = dict(fused.named_modules(remove_duplicate=False))
+
+    def keep(name: str, out: Tensor) -> None:
+        seen.setdefault(name, out.clone())  # the activation behind may work in place
+
     for module in set(nodes.values()) & set(modules):
-        # A copy: the activation behind may work in place.
-        modules[module].register_forward_hook(lambda _, args, out, module=module: seen.setdefault(module, out.clone()))
+        modules[module].register_forward_hook(lambda _, args, out, module=module: keep(module, out))
     folded, plain = _torch_outputs(fused, arrays), _torch_outputs(model, arrays)
     last = ""
     for value, module in nodes.items():
