@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,11 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     """All blocks of a page share one namespace, as a reader who types them in order has it."""
     monkeypatch.chdir(tmp_path)
     before = set(cs.list_operators())
-    namespace: dict[str, object] = {"__name__": "page"}
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
     try:
         for number, block in enumerate(blocks(page, "python")):
-            exec(compile(block, f"{name(page)}[{number}]", "exec"), namespace)
+            exec(compile(block, f"{name(page)}[{number}]", "exec", dont_inherit=True), module.__dict__)
     finally:
         from convsurgery.operators import base
 
