@@ -51,7 +51,7 @@ class Parity:
         top = "" if self.agreement is None else f", same top-1 on {self.agreement:.2%}"
         return (
             f"{self.images} images in batches of {', '.join(map(str, self.batches))}: error relative to the largest "
-            f"output {self.error:.1e} at most, {self.p99_error:.1e} for 99 %, {self.median_error:.1e} in the median{top}"
+            f"output {self.error:.1e} at most, {self.p99_error:.1e} for 99 %, {self.median_error:.1e} the median{top}"
         )
 
 

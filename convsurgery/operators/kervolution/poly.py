@@ -73,7 +73,8 @@ def _power(t: Tensor, degree: int, *, inplace: bool) -> Tensor:
 class _Polynomial(torch.autograd.Function):
     """Σ_j k_j s^j by Horner's rule, j = 0 … d; keeps s alone for the backward pass.
 
-    ``k`` has the coefficients in rows, (d + 1, C or 1, 1, 1).
+    ``k`` has the coefficients in rows, (d + 1, C, 1, 1), or (d + 1,) where all are alike for all channels: scalars
+    cost less than a broadcast.
     """
 
     generate_vmap_rule = True
@@ -91,7 +92,7 @@ class _Polynomial(torch.autograd.Function):
         s, k = ctx.saved_tensors
         grad_s = grad_k = None
         if ctx.needs_input_grad[0]:
-            slopes = k[1:] * torch.arange(1, k.shape[0], device=k.device, dtype=k.dtype).view(-1, 1, 1, 1)
+            slopes = k[1:] * torch.arange(1, k.shape[0], device=k.device, dtype=k.dtype).view(-1, *[1] * (k.dim() - 1))
             if torch.is_grad_enabled() and k.shape[0] > 2:  # a double backward is being recorded
                 grad_s = grad * apply(_Polynomial, s, slopes)
             else:
@@ -112,8 +113,7 @@ def _coefficients(balance: Tensor, gain: Tensor | None, bias: Tensor | None, deg
     if gain is not None:
         factors = [per_channel(gain) * factor for factor in factors]
     constant = c.new_zeros(()) if bias is None else per_channel(bias).to(c.dtype)
-    rows = torch.broadcast_tensors(constant.view(-1, 1, 1), *(factor.view(-1, 1, 1) for factor in factors))
-    return torch.stack(rows)
+    return torch.stack(torch.broadcast_tensors(constant, *factors))
 
 
 def _horner(s: Tensor, k: Tensor, biased: bool) -> Tensor:
