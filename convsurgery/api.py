@@ -14,11 +14,11 @@ from convsurgery import zoo
 from convsurgery.adapt.affine import fit_affine
 from convsurgery.adapt.evaluation import evaluate
 from convsurgery.adapt.finetuning import finetune
-from convsurgery.errors import ConversionError
+from convsurgery.errors import ConversionError, ModelError
 from convsurgery.graph import copy_model, observe
 from convsurgery.operators import Start, list_operators
 from convsurgery.rules import RulesLike, as_rules, list_selectors
-from convsurgery.surgery import Entry, Plan, apply, apply_, fuse, load, make_plan, record, save
+from convsurgery.surgery import Entry, Plan, apply, apply_, fuse, load, make_plan, record, save, unwrap
 from convsurgery.zoo import create_model, load_checkpoint
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def plan(
         RuleError: for a rule that cannot be read or names what does not exist.
         NoMatchError: when no convolution matches; lists near misses.
         ConversionError: when a convolution that the rule names alone cannot be replaced.
-        ModelError: for an unknown name, or a model that does not run on the example inputs.
+        ModelError: for an unknown name, a model that does not run on the example inputs, or one that is compiled or
+            wrapped for several devices already.
 
     Example:
         >>> import convsurgery as cs
@@ -76,6 +77,9 @@ def plan(
     rules = as_rules(rule)
     begin = None if start is None else Start.parse(start)
     built = zoo.create_model(model, device="meta") if isinstance(model, str) else model
+    if unwrap(built) is not built:
+        wrapper = type(built).__name__
+        raise ModelError(f"{wrapper} wraps the model: convert the model itself, then compile or parallelise it")
     inputs = _inputs(built, example_inputs)
     params = sum(p.numel() for p in built.parameters() if p.requires_grad and not is_lazy(p))
     return make_plan(_label(built), params, observe(built, inputs), rules, begin)
@@ -170,15 +174,50 @@ def calibrate_affine(model: nn.Module, batches: Any, *, teacher: nn.Module) -> d
     return fit_affine(model, teacher, names, batches)
 
 
-def export_onnx(model: nn.Module, path: str | os.PathLike[str], **options: Any) -> Parity | None:
-    """Write ``model`` as ONNX, verified; see :func:`convsurgery.export.export_onnx` for all options."""
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    inline: bool = False,
+    opset: int | None = None,
+    verify: bool = True,
+    **options: Any,
+) -> Parity | None:
+    """Write ``model`` as ONNX, verified in ONNX Runtime before the file appears.
+
+    Args:
+        model: float32; not changed.
+        path: of the file to write; nothing is left there when anything fails.
+        inline: standard operators only, instead of one node per operator with its body inside the file.
+        opset: of the standard operators, 18 to 23; 18 when not given.
+        verify: compare with PyTorch on batches of 1, 2 and 5.
+        **options: ``example_inputs``, ``dynamic_batch``, ``tolerance``, ``data``; see
+            :func:`convsurgery.export.export_onnx`.
+
+    Returns:
+        What was measured, or None without ``verify``.
+
+    Raises:
+        ExportError: when the model cannot be exported or the file not be written.
+        ParityError: when the file computes something else; names the first node that differs.
+    """
     from convsurgery.export import export_onnx as write
 
-    return write(model, path, **options)
+    return write(model, path, inline=inline, opset=opset, verify=verify, **options)
 
 
 def verify_onnx(path: str | os.PathLike[str], model: nn.Module, **options: Any) -> Parity:
-    """Compare an ONNX file with a model; see :func:`convsurgery.export.verify_onnx` for all options."""
+    """Compare an ONNX file with the model it was made from, in ONNX Runtime.
+
+    Args:
+        path: the file.
+        model: the PyTorch model; not changed.
+        **options: ``example_inputs``, ``batches``, ``tolerance``, ``data``; see :func:`convsurgery.export.verify_onnx`.
+
+    Raises:
+        ExportError: when the file cannot be read or run.
+        ParityError: when it computes something else; names the first node that differs.
+    """
     from convsurgery.export import verify_onnx as check
 
     return check(path, model, **options)

@@ -686,3 +686,60 @@ def test_timm_reparameterize_finds_fuse() -> None:
 def test_traceable_models_are_seen_by_fx(name: str) -> None:
     """A class token is a parameter used by the model itself; FX must be able to follow it."""
     assert cs.plan(name, "all-conv->conv").seen == "FX and hooks"
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_wrapped_models_are_refused_with_the_way_out(wrap: object) -> None:
+    with pytest.raises(ModelError, match="convert the model itself, then compile or parallelise it"):
+        cs.convert(wrap(timm.create_model("resnet10t")), "first-conv->kerv-poly")
+
+
+def test_feature_extraction_by_fx_goes_on_to_work() -> None:
+    from timm.models import create_feature_extractor
+    from torchvision.models.feature_extraction import create_feature_extractor as extract
+
+    model = timm.create_model("resnet10t").eval()
+    new, x = cs.convert(model, "all-conv[k=3]->kerv-linear"), torch.randn(1, 3, 64, 64)
+    for make in (create_feature_extractor, extract):
+        wanted, got = make(model, ["layer1", "layer3"])(x), make(new, ["layer1", "layer3"])(x)
+        assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("operator", ["kerv-poly(learnable)", "kerv-gauss", "kerv-l1", "kerv-sigmoid", "kerv-l2"])
+def test_plain_fx_traces_a_converted_model(operator: str) -> None:
+    new = cs.convert(timm.create_model("resnet10t").eval(), f"first-conv->{operator}")
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(torch.fx.symbolic_trace(new)(x), new(x))
+
+
+def test_calls_by_keyword(image: Tensor) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(input=x)
+
+    model = Net()
+    new = cs.convert(model, "all-conv->kerv-linear", example_inputs=image)
+    assert torch.equal(new(image), model(image))
+
+
+def test_neutral_needs_weights() -> None:
+    with pytest.raises(ConversionError, match=r"conv1\.0 has no weights to start from \(meta device\)"):
+        cs.convert(cs.create_model("resnet10t", device="meta"), "first-conv->kerv-gauss")
+
+
+def test_two_inputs(image: Tensor) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.conv(x) - self.conv(y)
+
+    plan = cs.plan(Net(), "all-conv->kerv-poly", example_inputs=(image, image))
+    assert plan.edits[0].site.calls == 2
+    assert plan.input_shapes == ((2, 3, 12, 12), (2, 3, 12, 12))

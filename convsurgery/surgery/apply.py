@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,7 @@ def apply_(model: nn.Module, plan: Plan) -> nn.Module:
         for step in reversed(undo):
             step()
         raise
+    _keep_whole(item.new for item in made)
     add_to_record(root, plan, norms, before=model)
     return root
 
@@ -78,6 +79,8 @@ def _replacement(entry: Entry, modules: dict[str, nn.Module], names: dict[int, t
     geometry = ConvGeometry.of(conv)
     if geometry != site.geometry:
         raise ConversionError(f"the plan is for another model: {site.label} is {geometry}, planned was {site.geometry}")
+    if conv.weight.is_meta and start.name == "neutral":
+        raise ConversionError(f"{site.label} has no weights to start from (meta device); build the model with weights")
     for name, parameter in conv.named_parameters(recurse=False):
         if not _finite(parameter.detach()):
             raise ConversionError(f"{site.label}: its {name} holds NaN or infinity; nothing was converted")
@@ -85,6 +88,15 @@ def _replacement(entry: Entry, modules: dict[str, nn.Module], names: dict[int, t
     built = config.build(conv, start, absorb=norm is not None and _can_absorb(norm))
     absorbed = None if norm is None or built.residual is None else (norm, built.residual)
     return _Replacement(entry, names[id(conv)], built.module, absorbed)
+
+
+def _keep_whole(modules: Iterable[nn.Module]) -> None:
+    """Tell timm's feature extraction to treat the new layers as leaves, as it treats a Conv2d."""
+    from timm.layers import is_notrace_module, register_notrace_module
+
+    for kind in {type(module) for module in modules} - {nn.Conv2d}:
+        if not is_notrace_module(kind):
+            register_notrace_module(kind)
 
 
 def _finite(tensor: Tensor) -> bool:

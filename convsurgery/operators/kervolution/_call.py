@@ -31,7 +31,16 @@ def define(name: str, hyper: str, attributes: str, function: Callable[..., Tenso
     torch.export keeps the op whole.
     """
     LIBRARY.define(name + schema(hyper, attributes), tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+    LIBRARY.impl(name, batch_optional(function), "CompositeImplicitAutograd")
+
+
+def batch_optional(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``function`` of a batch, also for one image. Decided inside the op, where a tracer need not follow."""
+
+    def call(x: Tensor, *rest: Any) -> Tensor:
+        return function(x, *rest) if x.dim() == 4 else function(x.unsqueeze(0), *rest).squeeze(0)
+
+    return call
 
 
 def as_constant(value: float | Tensor, weight: Tensor) -> Tensor:
@@ -52,8 +61,7 @@ def functional_call(
     if padding == "same" and pair(stride) != (1, 1):
         raise ValueError("padding='same' needs stride 1")
     left, right, top, bottom = pad_amounts(padding, (weight.shape[-2], weight.shape[-1]), pair(dilation))
-    batched = x if x.dim() == 4 else x.unsqueeze(0)
     if (left, top) != (right, bottom):
-        batched, left, top = F.pad(batched, [left, right, top, bottom]), 0, 0
-    out: Tensor = op(batched, weight, *rest, pair(stride), (top, left), pair(dilation), groups)
-    return out if x.dim() == 4 else out.squeeze(0)
+        x, left, top = F.pad(x, [left, right, top, bottom]), 0, 0
+    out: Tensor = op(x, weight, *rest, pair(stride), (top, left), pair(dilation), groups)
+    return out

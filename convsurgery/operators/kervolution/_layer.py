@@ -145,15 +145,12 @@ class Kervolution2d(nn.Module):
             return self.bias if self.offset is None else self.offset
         return self.bias + self.offset
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 3:
-            out: Tensor = self.forward(x.unsqueeze(0)).squeeze(0)
-            return out
+    def forward(self, input: Tensor) -> Tensor:
         left, right, top, bottom = self.geometry.padding
         if self.padding_mode == "zeros" and left == right and top == bottom:
-            return self.kernel(x, (top, left))
+            return self.kernel(input, (top, left))
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return self.kernel(F.pad(x, [left, right, top, bottom], mode), (0, 0))
+        return self.kernel(F.pad(input, [left, right, top, bottom], mode), (0, 0))
 
     # -- starts
 

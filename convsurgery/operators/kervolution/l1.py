@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from convsurgery.operators.base import Built, OperatorConfig, Start, register_operator
 from convsurgery.operators.kervolution import _onnx as text
-from convsurgery.operators.kervolution._call import LIBRARY, functional_call, schema
+from convsurgery.operators.kervolution._call import LIBRARY, batch_optional, functional_call, schema
 from convsurgery.operators.kervolution._conv import affine, no_grad_needed, result_dtype, widened
 from convsurgery.operators.kervolution._layer import Kervolution2d
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
@@ -185,7 +185,7 @@ def _op(
 
 
 LIBRARY.define("kerv_l1" + schema("", ""), tags=(torch.Tag.pt2_compliant_tag,))
-LIBRARY.impl("kerv_l1", _op, "CompositeImplicitAutograd")
+LIBRARY.impl("kerv_l1", batch_optional(_op), "CompositeImplicitAutograd")
 
 
 def kerv_l1(
