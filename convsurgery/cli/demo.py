@@ -77,8 +77,8 @@ def run_demo(output: Path, seed: int = 0) -> None:
     console.print()
     console.print(_table(before, rows, times))
     console.print(
-        f"\nAccuracy in percent of {before.samples} held-out digits. Milliseconds for a batch of 8 in ONNX\n"
-        f"Runtime on one CPU thread, medians. All of it took {time.perf_counter() - began:.0f} s and wrote:"
+        f"\nAccuracy in percent of {before.samples} held-out digits. Milliseconds for a batch of 8\n"
+        f"in ONNX Runtime on one CPU thread, medians. All of it took {time.perf_counter() - began:.0f} s and wrote:"
     )
     for path in written:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
