@@ -38,6 +38,8 @@ class Kervolution2d(nn.Module):
         input (N, C_in, H, W) or (C_in, H, W); output as :class:`torch.nn.Conv2d` gives it.
     """
 
+    #: name of the kernel's op in ``torch.ops.convsurgery``
+    op_name: ClassVar[str]
     #: name of the hyperparameter tensor, or "" for a kernel without one
     hyper_name: ClassVar[str] = ""
     constants: ClassVar[tuple[str, ...]] = ("scale", "gain", "offset")
@@ -127,18 +129,19 @@ class Kervolution2d(nn.Module):
         return value
 
     def options(self) -> dict[str, Any]:
-        """The constructor's arguments that only this kernel has, but for the hyperparameter."""
+        """The arguments of constructor and op that only this kernel has, but for the hyperparameter."""
         return {}
 
     # -- forward
 
     def kernel(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        """The torch op of this kernel on a padded input."""
-        raise NotImplementedError
-
-    def window(self, padding: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
-        """The last arguments of every kernel's op."""
-        return self.stride, padding, self.dilation, self.groups
+        """The torch op of this kernel on a padded input; the arguments are in the order of its schema."""
+        op = getattr(torch.ops.convsurgery, self.op_name)
+        hyper = (self.hyper(),) if self.hyper_name else ()
+        constants = (*hyper, self.gain, self.scale)
+        window = (self.stride, padding, self.dilation, self.groups)
+        out: Tensor = op(x, self.weight, self.full_bias(), *constants, *self.options().values(), self.centered, *window)
+        return out
 
     def full_bias(self) -> Tensor | None:
         if self.offset is None or self.bias is None:

@@ -116,25 +116,13 @@ class GaussKervolution2d(Kervolution2d):
     output channel.
     """
 
+    op_name = "kerv_gauss"
     hyper_name = "gamma"
 
     def __init__(self, *args: Any, gamma: float | None = None, learnable: bool | str = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = KervGauss(gamma=gamma, learnable=learnable)
         self.set_hyper(self.constant(config.gamma or 1 / self.geometry.patch), learnable)
-
-    def kernel(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        out: Tensor = torch.ops.convsurgery.kerv_gauss(
-            x,
-            self.weight,
-            self.full_bias(),
-            self.hyper(),
-            self.gain,
-            self.scale,
-            self.centered,
-            *self.window(padding),
-        )
-        return out
 
 
 def _body(form: NodeForm) -> list[str]:

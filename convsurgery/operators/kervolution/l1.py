@@ -223,11 +223,7 @@ def kerv_l1(
 class L1Kervolution2d(Kervolution2d):
     """Layer form of :func:`kerv_l1`; options as :class:`torch.nn.Conv2d`."""
 
-    def kernel(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        out: Tensor = torch.ops.convsurgery.kerv_l1(
-            x, self.weight, self.full_bias(), self.gain, self.scale, self.centered, *self.window(padding)
-        )
-        return out
+    op_name = "kerv_l1"
 
 
 def _body(form: NodeForm) -> list[str]:

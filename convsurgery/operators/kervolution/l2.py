@@ -128,11 +128,7 @@ def kerv_l2(
 class L2Kervolution2d(Kervolution2d):
     """Layer form of :func:`kerv_l2`; options as :class:`torch.nn.Conv2d`."""
 
-    def kernel(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        out: Tensor = torch.ops.convsurgery.kerv_l2(
-            x, self.weight, self.full_bias(), self.gain, self.scale, self.centered, *self.window(padding)
-        )
-        return out
+    op_name = "kerv_l2"
 
 
 def _body(form: NodeForm) -> list[str]:

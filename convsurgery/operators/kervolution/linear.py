@@ -74,11 +74,7 @@ def kerv_linear(
 class LinearKervolution2d(Kervolution2d):
     """Layer form of :func:`kerv_linear`; options as :class:`torch.nn.Conv2d`."""
 
-    def kernel(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        out: Tensor = torch.ops.convsurgery.kerv_linear(
-            x, self.weight, self.full_bias(), self.gain, self.scale, self.centered, *self.window(padding)
-        )
-        return out
+    op_name = "kerv_linear"
 
 
 def _body(form: NodeForm) -> list[str]:

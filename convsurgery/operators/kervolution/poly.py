@@ -220,6 +220,7 @@ class PolyKervolution2d(Kervolution2d):
         torch.Size([1, 8, 16, 16])
     """
 
+    op_name = "kerv_poly"
     hyper_name = "balance"
 
     def __init__(
@@ -229,20 +230,6 @@ class PolyKervolution2d(Kervolution2d):
         config = KervPoly(degree=degree, balance=balance, learnable=learnable)
         self.degree = config.degree
         self.set_hyper(self.constant(balance), learnable)
-
-    def kernel(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        out: Tensor = torch.ops.convsurgery.kerv_poly(
-            x,
-            self.weight,
-            self.full_bias(),
-            self.hyper(),
-            self.gain,
-            self.scale,
-            self.degree,
-            self.centered,
-            *self.window(padding),
-        )
-        return out
 
     def options(self) -> dict[str, Any]:
         return {"degree": self.degree}

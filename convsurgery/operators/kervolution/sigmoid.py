@@ -72,11 +72,7 @@ def kerv_sigmoid(
 class SigmoidKervolution2d(Kervolution2d):
     """Layer form of :func:`kerv_sigmoid`; options as :class:`torch.nn.Conv2d`."""
 
-    def kernel(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        out: Tensor = torch.ops.convsurgery.kerv_sigmoid(
-            x, self.weight, self.full_bias(), self.gain, self.scale, self.centered, *self.window(padding)
-        )
-        return out
+    op_name = "kerv_sigmoid"
 
 
 def _body(form: NodeForm) -> list[str]:
