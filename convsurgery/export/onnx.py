@@ -96,15 +96,9 @@ def export_onnx(
         parity = None
         if verify:
             batches = BATCHES if dynamic_batch else (int(inputs[0].shape[0]),)
-            parity = check_parity(
-                written, original.cpu() if _on_gpu(original) else original, inputs, batches, tolerance, data
-            )
+            parity = check_parity(written, original, inputs, batches, tolerance, data)
         os.replace(written, target)
     return parity
-
-
-def _on_gpu(model: nn.Module) -> bool:
-    return any(p.device.type != "cpu" for p in model.parameters())
 
 
 def _inputs(model: nn.Module, example: Tensor | Sequence[Tensor] | None, dynamic: bool) -> tuple[Tensor, ...]:
