@@ -3,7 +3,17 @@
 from convsurgery.zoo.build import create_model
 from convsurgery.zoo.checkpoint import load_checkpoint
 from convsurgery.zoo.identify import identify
+from convsurgery.zoo.inputs import example_inputs
 from convsurgery.zoo.names import Base, list_models
 from convsurgery.zoo.sizes import input_size, set_input_size
 
-__all__ = ["Base", "create_model", "identify", "input_size", "list_models", "load_checkpoint", "set_input_size"]
+__all__ = [
+    "Base",
+    "create_model",
+    "example_inputs",
+    "identify",
+    "input_size",
+    "list_models",
+    "load_checkpoint",
+    "set_input_size",
+]

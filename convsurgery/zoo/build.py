@@ -83,7 +83,8 @@ def create_model(
 
     build = _build_torchvision if name.startswith(TORCHVISION) else _build_timm
     try:
-        with torch.device("meta") if meta else contextlib.nullcontext():
+        # Detection models calculate their anchors when they are built.
+        with _weights_on_meta(name) if meta else contextlib.nullcontext():
             model, base = build(name, asked, pretrained, state is not None)
     except ModelError as error:
         if not meta or "meta tensor" not in str(error):
@@ -99,6 +100,14 @@ def create_model(
     if size and input_size(model)[1:] != size:
         object.__setattr__(model, "_convsurgery_input_size", (first_channels(model), *size))
     return model.eval() if device is None or meta else model.to(device).eval()
+
+
+def _weights_on_meta(name: str) -> contextlib.AbstractContextManager[Any]:
+    from torchvision.models import get_model_builder
+
+    short = name.removeprefix(TORCHVISION)
+    detection = short != name and ".detection." in get_model_builder(short).__module__
+    return _WeightsOnMeta() if detection else torch.device("meta")
 
 
 class _WeightsOnMeta(TorchFunctionMode):
