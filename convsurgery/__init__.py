@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from convsurgery import errors as errors
     from convsurgery import functional as functional
+    from convsurgery.adapters import Adapter as Adapter
+    from convsurgery.adapters import register_adapter as register_adapter
     from convsurgery.api import apply as apply
     from convsurgery.api import calibrate_affine as calibrate_affine
     from convsurgery.api import convert as convert
@@ -30,13 +32,16 @@ if TYPE_CHECKING:
     from convsurgery.api import list_selectors as list_selectors
     from convsurgery.api import load as load
     from convsurgery.api import load_checkpoint as load_checkpoint
+    from convsurgery.api import pattern as pattern
     from convsurgery.api import plan as plan
     from convsurgery.api import record as record
     from convsurgery.api import save as save
     from convsurgery.api import verify_onnx as verify_onnx
     from convsurgery.errors import ConvSurgeryError as ConvSurgeryError
     from convsurgery.geometry import Site as Site
+    from convsurgery.operators import Block as Block
     from convsurgery.operators import Conv as Conv
+    from convsurgery.operators import Fused as Fused
     from convsurgery.operators import KervGauss as KervGauss
     from convsurgery.operators import KervL1 as KervL1
     from convsurgery.operators import KervL2 as KervL2
@@ -66,6 +71,7 @@ _LAZY = {
             "list_selectors",
             "load",
             "load_checkpoint",
+            "pattern",
             "plan",
             "record",
             "save",
@@ -75,7 +81,9 @@ _LAZY = {
     ),
     **dict.fromkeys(
         (
+            "Block",
             "Conv",
+            "Fused",
             "KervGauss",
             "KervL1",
             "KervL2",
@@ -87,6 +95,7 @@ _LAZY = {
         ),
         "convsurgery.operators",
     ),
+    **dict.fromkeys(("Adapter", "register_adapter"), "convsurgery.adapters"),
     **dict.fromkeys(("Plan", "Record"), "convsurgery.surgery"),
     "ConvSurgeryError": "convsurgery.errors",
     "Site": "convsurgery.geometry",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -15,9 +14,9 @@ from convsurgery.adapt.affine import fit_affine
 from convsurgery.adapt.evaluation import evaluate
 from convsurgery.adapt.finetuning import finetune
 from convsurgery.errors import ConversionError, ModelError
-from convsurgery.graph import copy_model, observe
+from convsurgery.graph import Template, copy_model, observe
 from convsurgery.operators import Start, list_operators
-from convsurgery.rules import RulesLike, as_rules, list_selectors
+from convsurgery.rules import PatternSelector, RulesLike, as_rules, list_selectors, parse_selector
 from convsurgery.surgery import Entry, Plan, apply, apply_, fuse, load, make_plan, record, save, unwrap
 from convsurgery.zoo import create_model, load_checkpoint
 
@@ -38,13 +37,14 @@ __all__ = [
     "list_selectors",
     "load",
     "load_checkpoint",
+    "pattern",
     "plan",
     "record",
     "save",
     "verify_onnx",
 ]
 
-Inputs = Tensor | Sequence[Tensor] | None
+Inputs = Tensor | Sequence[Any] | None
 
 
 def plan(
@@ -55,7 +55,8 @@ def plan(
     Args:
         model: a model, or a timm or ``torchvision/`` name, which is built without allocating its weights.
         rule: as text, ``"first-conv->kerv-poly"``, or as objects: see ``docs/rules.md``.
-        example_inputs: what the forward takes; by default one image of the model's own input size.
+        example_inputs: a tensor, or the forward's positional arguments; by default one image of the model's own size,
+            or what torchvision's detection, video and optical flow models take.
         start: how the new operators begin: ``neutral(eps)``, ``copy`` or ``random``; each operator's default when
             absent.
 
@@ -83,6 +84,31 @@ def plan(
     inputs = _inputs(built, example_inputs)
     params = sum(p.numel() for p in built.parameters() if p.requires_grad and not is_lazy(p))
     return make_plan(_label(built), params, observe(built, inputs), rules, begin)
+
+
+def pattern(code: nn.Module | Callable[..., Any], tests: str = "", *, name: str | None = None) -> PatternSelector:
+    """A structural pattern of one's own, to be used where a selector is: ``[(cs.pattern(code), "block")]``.
+
+    Args:
+        code: layers connected as they are to be found: a module, whose layers count by class and not by options, or a
+            function of a tensor and of layers, annotated with their classes.
+        tests: asked of the first convolution of a match, as in rules: ``"k=3, name=layer2.*"``.
+        name: for printing; the class's or function's name by default.
+
+    Raises:
+        RuleError: when the code does not trace (the text names the line), takes or returns several tensors, or has no
+            Conv2d; when a test cannot be read.
+
+    Example:
+        >>> import convsurgery as cs
+        >>> from torch import nn
+        >>> def end(x, conv: nn.Conv2d, norm: nn.BatchNorm2d, act: nn.ReLU):
+        ...     return act(norm(conv(x)))
+        >>> len(cs.plan("resnet18", [(cs.pattern(end), "block")]).edits)
+        9
+    """
+    read = parse_selector(f"conv[{tests}]").tests if tests.strip() else ()
+    return PatternSelector(Template(code, name), read)
 
 
 def convert(
@@ -229,11 +255,7 @@ def _label(model: nn.Module) -> str:
     return str(base.name if base is not None else cfg.get("architecture") or type(model).__name__)
 
 
-def _inputs(model: nn.Module, example: Inputs) -> tuple[Tensor, ...]:
+def _inputs(model: nn.Module, example: Inputs) -> tuple[Any, ...]:
     if isinstance(example, Tensor):
         return (example,)
-    if example is not None:
-        return tuple(example)
-    like = next((p for p in model.parameters() if p.is_floating_point()), None)
-    dtype, device = (torch.float32, torch.device("cpu")) if like is None else (like.dtype, like.device)
-    return (torch.empty(1, *zoo.input_size(model), dtype=dtype, device=device),)
+    return zoo.example_inputs(model) if example is None else tuple(example)

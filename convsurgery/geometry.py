@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ConvGeometry", "Cost", "Pair", "Site", "pad_amounts", "pair"]
+__all__ = ["Block", "ConvGeometry", "Cost", "Pair", "Site", "pad_amounts", "pair"]
 
 Pair = tuple[int, int]
 
@@ -38,6 +38,9 @@ class ConvGeometry:
 
     ``padding`` is ``(left, right, top, bottom)`` in pixels, the order of ``torch.nn.functional.pad``, so that "same"
     with an even kernel has a place.
+
+    A ``padding_mode`` of "same" is no mode of torch's: zeros are added when the input's size is known, as many as give
+    ceil(size / stride) output pixels (TensorFlow's SAME), the odd one right and below. ``padding`` is then all zeros.
     """
 
     in_channels: int
@@ -80,6 +83,8 @@ class ConvGeometry:
 
     def output_size(self, height: int, width: int) -> Pair:
         """Output height and width in pixels for an input of the given height and width."""
+        if self.padding_mode == "same":
+            return -(-height // self.stride[0]), -(-width // self.stride[1])
         left, right, top, bottom = self.padding
         padded = (height + top + bottom, width + left + right)
         out = [
@@ -122,6 +127,7 @@ class Site:
         geometry: the convolution's options.
         input_shape, output_shape: of the first call, batch included; None when never called.
         calls: how often one forward pass calls it.
+        positions: output pixels for each image, over all calls; regions of an image count each.
         owners: class names of the modules around it, the innermost first.
         kind: the module's class name.
         dtype: of the weight, as torch names it ("float32").
@@ -142,6 +148,7 @@ class Site:
     batchnorm: str | None = None
     blocked: str | None = None
     first: bool = False
+    positions: int = 0
 
     @property
     def name(self) -> str:
@@ -153,15 +160,52 @@ class Site:
         return self.names[0] or "(the model itself)"
 
     @property
-    def positions(self) -> int:
-        """Output pixels per image, over all calls (taken to be alike)."""
-        if self.output_shape is None:
-            return 0
-        return self.output_shape[-1] * self.output_shape[-2] * self.calls
-
-    @property
     def cost(self) -> Cost:
         """What the convolution itself costs."""
         geometry = self.geometry
         params = geometry.out_channels * (geometry.patch + geometry.bias)
         return Cost(params, geometry.out_channels * geometry.patch * self.positions)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Several layers that a structural pattern matched: a cut of the model with one input and one output.
+
+    Attributes:
+        pattern: the pattern's name.
+        owner: name of the smallest module whose forward runs all of it; "" is the model.
+        sites: names of its convolutions, in execution order.
+        members: names of the modules it is made of, in execution order.
+        kinds: their classes' names.
+        own: those of the members that nothing else uses.
+        chain: whether it is nothing but these modules one after the other, each used here alone. They can then be
+            exchanged one by one; otherwise the owner's forward has to be rewritten.
+        nodes: names of the nodes in the graph of the owner's forward; empty for a chain.
+        opened: names of the modules below the owner that its graph shows from the inside.
+        input_shape: of its first convolution's input, batch included.
+        output_shape: of its last convolution's output, batch included.
+        projected: for a residual block, whether a convolution stands in the shortcut.
+        params: parameters of all members.
+        macs: multiply-accumulates of its convolutions for one image.
+    """
+
+    pattern: str
+    owner: str
+    sites: tuple[str, ...]
+    members: tuple[str, ...]
+    kinds: tuple[str, ...]
+    own: tuple[str, ...]
+    chain: bool
+    nodes: tuple[str, ...] = ()
+    opened: tuple[str, ...] = ()
+    input_shape: tuple[int, ...] | None = None
+    output_shape: tuple[int, ...] | None = None
+    projected: bool = False
+    params: int = 0
+    macs: int = 0
+
+    @property
+    def label(self) -> str:
+        """Where it is, as printed: its first and last module."""
+        ends = dict.fromkeys((self.members[0], self.members[-1]))
+        return " … ".join(ends)

@@ -140,10 +140,10 @@ def test_model_that_fx_cannot_trace_is_seen_by_hooks(image: Tensor) -> None:
 
 def test_subclasses_and_parametrized_are_skipped_with_reasons(image: Tensor) -> None:
     reasons = {e.site.name: e.reason for e in cs.plan(SubclassNet(), "all-conv->conv", example_inputs=image).skips}
-    assert reasons == {"own": "a subclass of Conv2d (OwnConv) whose forward may differ"}
+    assert reasons == {"own": "a subclass of Conv2d (OwnConv) whose forward may differ; register_adapter can teach it"}
     reasons = {e.site.name: e.reason for e in cs.plan(ParametrizedNet(), "all-conv->conv", example_inputs=image).skips}
     assert reasons == {
-        "normed": "its weight is parametrized",
+        "normed": "its weight is parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it plain",
         "hooked": "its weight is recomputed by a hook (weight norm, pruning)",
     }
 
@@ -303,7 +303,9 @@ def test_predicates_and_config_objects() -> None:
         ("first-conv->kerv-gauss(gamma=true)", "gamma wants a number > 0, not true", (23, 10)),
         ("first-conv->kerv-poly(learnable=maybe)", "learnable wants true or false or channel, not maybe", (22, 15)),
         ("first-conv->kerv-poly(balance=0, learnable)", "a learnable balance must start above 0", (22, 9)),
-        ("residual->kerv-poly", "no matcher for the pattern residual is registered", (0, 8)),
+        ("residual->kerv-poly", "kerv-poly takes the place of one convolution, and residual has several", (10, 9)),
+        ("conv->fused", "fused takes the place of several layers, and conv names single convolutions", (6, 5)),
+        ("residual->fused", "fused takes the place of conv-bn, not of residual", (10, 5)),
         ("first-con->kerv-poly", "unknown selector 'first-con'", (0, 9)),
     ],
 )

@@ -1,7 +1,21 @@
 """Reads models, changes nothing: sites, tracing, patterns."""
 
+from convsurgery.graph.blocks import Candidate, find_blocks
 from convsurgery.graph.copying import copy_model
 from convsurgery.graph.sites import Observation, aliases, observe
-from convsurgery.graph.tracing import followers, trace
+from convsurgery.graph.templates import Template
+from convsurgery.graph.tracing import followers, regions, trace, trace_owner
 
-__all__ = ["Observation", "aliases", "copy_model", "followers", "observe", "trace"]
+__all__ = [
+    "Candidate",
+    "Observation",
+    "Template",
+    "aliases",
+    "copy_model",
+    "find_blocks",
+    "followers",
+    "observe",
+    "regions",
+    "trace",
+    "trace_owner",
+]

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["followers", "owners_read", "trace"]
+__all__ = ["Region", "followers", "owners_read", "regions", "trace", "trace_owner"]
+
+
+@dataclass(frozen=True)
+class Region:
+    """The graph of one module's forward; ``name`` is the module's, "" for the whole model."""
+
+    name: str
+    graph: fx.Graph
+
+    def absolute(self, target: object) -> str:
+        """The name in the model of a module or tensor that the graph names ``target``."""
+        return f"{self.name}.{target}" if self.name else str(target)
 
 
 class _Tracer(fx.Tracer):
@@ -21,48 +37,133 @@ class _Tracer(fx.Tracer):
         self._leaves = leaves
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # torchvision's own extractor treats its ops (NMS, RoI pooling, ...) as leaves.
-        from_package = type(m).__module__.startswith(("torchvision.ops", "convsurgery.operators"))
-        return from_package or isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
+        home = type(m).__module__
+        # torchvision's own extractor treats its ops (NMS, RoI pooling, ...) as leaves; its plain blocks live there too.
+        from_package = home.startswith(_LEAF_PACKAGES) and not (home == "torchvision.ops.misc" and _holds_conv(m))
+        if from_package or isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name):
+            return True
+        # What differs between training and evaluation must not be written into a graph, so it stays a module.
+        return _asks_for_training(type(m).forward) and not _holds_conv(m)
+
+
+_LEAF_PACKAGES = ("torchvision.ops", "convsurgery.operators", "timm.layers.activations")
+
+
+class _OwnerTracer(_Tracer):
+    """Enters only the modules on the way to given members; everything else stays whole."""
+
+    def __init__(self, leaves: Any, functions: Any, opened: Collection[str]) -> None:
+        super().__init__(leaves, functions)
+        self._opened = opened
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name not in self._opened
+
+
+@cache
+def _asks_for_training(forward: Callable[..., Any]) -> bool:
+    code = getattr(forward, "__code__", None)
+    return code is not None and "training" in code.co_names
+
+
+def _holds_conv(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.Conv2d) for part in module.modules())
+
+
+def _leaf_rules() -> tuple[tuple[type[nn.Module], ...], tuple[Any, ...]]:
+    from timm.layers import get_notrace_functions, get_notrace_modules
+
+    return (nn.Conv2d, _BatchNorm, *get_notrace_modules()), tuple(get_notrace_functions())
+
+
+def _quietly(tracer: fx.Tracer, model: nn.Module) -> fx.Graph:
+    with warnings.catch_warnings():
+        # FX warns of what it specialises; the plan says how the model was seen.
+        warnings.simplefilter("ignore")
+        return tracer.trace(model)
 
 
 def trace(model: nn.Module) -> fx.Graph:
     """The graph of a forward pass; raises whatever FX raises for a model that does not trace."""
-    from timm.layers import get_notrace_functions, get_notrace_modules
-
-    leaves = (nn.Conv2d, _BatchNorm, *get_notrace_modules())
-    with warnings.catch_warnings():
-        # FX warns of what it specialises; the plan says how the model was seen.
-        warnings.simplefilter("ignore")
-        return _Tracer(leaves, tuple(get_notrace_functions())).trace(model)
+    return _quietly(_Tracer(*_leaf_rules()), model)
 
 
-def owners_read(graph: fx.Graph) -> set[str]:
+def trace_owner(owner: nn.Module, opened: Collection[str]) -> fx.Graph:
+    """The graph of ``owner`` with all modules below it whole but those named in ``opened``; raises as :func:`trace`."""
+    return _quietly(_OwnerTracer(*_leaf_rules(), opened), owner)
+
+
+def regions(model: nn.Module, context: AbstractContextManager[Any]) -> tuple[tuple[Region, ...], str | None]:
+    """Graphs that together show as much of ``model`` as FX can follow, and why the model as a whole has none.
+
+    A model that traces gives one region, and one for each leaf that hides convolutions; of one that does not, the
+    largest modules that trace.
+    """
+    found: list[Region] = []
+    failures: list[str] = []
+    with context:
+        _add_regions(model, "", found, failures)
+    traced = any(region.name == "" for region in found)
+    return tuple(found), None if traced else failures[0]
+
+
+def _add_regions(module: nn.Module, name: str, found: list[Region], failures: list[str]) -> None:
+    if isinstance(module, nn.Conv2d | torch.jit.ScriptModule) and name:
+        return
+    try:
+        region = Region(name, trace(module))
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        failures.append(reason[0] if reason else type(error).__name__)
+        inside: Sequence[tuple[str, nn.Module]] = list(module.named_children())
+    else:
+        found.append(region)
+        targets = dict.fromkeys(str(node.target) for node in region.graph.nodes if node.op == "call_module")
+        inside = [(target, module.get_submodule(target)) for target in targets]
+    for child, part in inside:
+        if _holds_conv(part):
+            _add_regions(part, f"{name}.{child}" if name else child, found, failures)
+
+
+def owners_read(region: Region) -> set[str]:
     """Names of the modules whose parameters or buffers the graph uses directly; asking for a dtype is no use."""
     return {
         owner
-        for node in graph.nodes
+        for node in region.graph.nodes
         if node.op == "get_attr" and any(user.target is not getattr for user in node.users)
-        if (owner := str(node.target).rpartition(".")[0])  # the root's own are used in its own call
+        if (owner := region.absolute(node.target).rpartition(".")[0])  # the root's own are used in its own call
     }
 
 
-def followers(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[str, str]:
-    """For each module called once whose output goes to one BatchNorm2d alone: the name of that BatchNorm.
+def followers(regions: Sequence[Region], modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]:
+    """Pairs of a module called at one place whose output goes to one BatchNorm2d alone, and that BatchNorm.
 
-    ``modules`` holds every name of every module. The BatchNorm too must be called once, and keep running statistics.
+    ``modules`` holds every name of every module. The BatchNorm too must be called at one place, and keep running
+    statistics.
     """
-    calls = Counter(id(modules[str(node.target)]) for node in graph.nodes if node.op == "call_module")
-    found = {}
-    for node in graph.nodes:
-        if node.op != "call_module" or len(node.users) != 1 or calls[id(modules[str(node.target)])] != 1:
-            continue
-        user = next(iter(node.users))
-        if user.op != "call_module" or user.args != (node,) or user.kwargs:
-            continue
-        norm = modules[str(user.target)]
-        if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) or calls[id(norm)] != 1:
-            continue
-        if isinstance(norm.running_mean, torch.Tensor) and isinstance(norm.running_var, torch.Tensor):
-            found[str(node.target)] = str(user.target)
-    return found
+    calls = Counter(
+        id(modules[region.absolute(node.target)])
+        for region in regions
+        for node in region.graph.nodes
+        if node.op == "call_module"
+    )
+    for region in regions:
+        for node in region.graph.nodes:
+            if node.op != "call_module" or len(node.users) != 1:
+                continue
+            user = next(iter(node.users))
+            if user.op != "call_module" or user.args != (node,) or user.kwargs:
+                continue
+            name, norm_name = region.absolute(node.target), region.absolute(user.target)
+            norm = modules[norm_name]
+            if calls[id(modules[name])] != 1 or calls[id(norm)] != 1:
+                continue
+            if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) and keeps_statistics(norm):
+                yield name, norm_name
+
+
+def keeps_statistics(norm: nn.Module) -> bool:
+    """Whether a normalisation uses the statistics of a whole training set in eval mode."""
+    return isinstance(getattr(norm, "running_mean", None), torch.Tensor) and isinstance(
+        getattr(norm, "running_var", None), torch.Tensor
+    )

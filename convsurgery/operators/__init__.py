@@ -1,6 +1,6 @@
 """What can take a convolution's place. Importing this package registers all operators of the project."""
 
-from convsurgery.operators import conv, kervolution
+from convsurgery.operators import block, conv, fused, kervolution
 from convsurgery.operators.base import (
     Built,
     OperatorConfig,
@@ -11,12 +11,16 @@ from convsurgery.operators.base import (
     option,
     register_operator,
 )
+from convsurgery.operators.block import Block
 from convsurgery.operators.conv import Conv
+from convsurgery.operators.fused import Fused
 from convsurgery.operators.kervolution import KervGauss, KervL1, KervL2, KervLinear, KervPoly, KervSigmoid
 
 __all__ = [
+    "Block",
     "Built",
     "Conv",
+    "Fused",
     "KervGauss",
     "KervL1",
     "KervL2",
@@ -26,7 +30,9 @@ __all__ = [
     "OperatorConfig",
     "Start",
     "bind",
+    "block",
     "conv",
+    "fused",
     "kervolution",
     "list_operators",
     "operator",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from convsurgery.errors import ArgumentError, ConvSurgeryError, nearest
-from convsurgery.geometry import Cost, Site
+from convsurgery.geometry import Block, Cost, Site
 from convsurgery.rules import Target
 
 if TYPE_CHECKING:
@@ -148,10 +148,12 @@ class Built:
     Attributes:
         module: computes ``residual * conv(x)`` for each output channel, where the start keeps the convolution.
         residual: float64, (C_out,), or None where there is nothing to absorb.
+        rest: what stays in the place of a chain's last layer, behind ``module``; nothing when None.
     """
 
     module: nn.Module
     residual: Any = None
+    rest: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,8 @@ class OperatorConfig:
 
     Class attributes to give: ``summary`` (one line), ``formula``, ``source`` (paper and equation), ``starts`` (start
     name to how it keeps the convolution: "exact", "approximate" or "none"; the first that :meth:`refuses_start` lets
-    pass is the default).
+    pass is the default), ``patterns`` (structural patterns whose place it takes as a whole, ``"*"`` for any; empty for
+    an operator that takes the place of one convolution).
     """
 
     name: ClassVar[str] = ""
@@ -168,6 +171,7 @@ class OperatorConfig:
     formula: ClassVar[str] = ""
     source: ClassVar[str] = ""
     starts: ClassVar[Mapping[str, str]] = {"copy": "none"}
+    patterns: ClassVar[tuple[str, ...]] = ()
     onnx: ClassVar[OnnxFunction | None] = None
 
     def __post_init__(self) -> None:
@@ -207,6 +211,25 @@ class OperatorConfig:
             conv: the convolution to replace; left as it is.
             start: a start that :meth:`start_for` returned.
             absorb: whether a BatchNorm follows that can take a per-channel gain; without a bias only.
+        """
+        raise NotImplementedError
+
+    def refuses_block(self, block: Block, sites: Sequence[Site]) -> str | None:
+        """Why this operator cannot take the place of ``block`` with the convolutions ``sites``, or None."""
+        return None
+
+    def block_cost(self, block: Block, sites: Sequence[Site]) -> Cost:
+        """Parameters and multiply-accumulates for one image when it has taken the place of ``block``."""
+        return Cost(block.params, block.macs)
+
+    def build_block(self, module: nn.Module, block: Block, start: Start) -> Built:
+        """The module that takes the place of a whole pattern; for operators that name ``patterns``.
+
+        Args:
+            module: computes the block from its one input, made of the model's own layers: an ``nn.Sequential`` of them
+                for a chain, else an ``fx.GraphModule``. Left as it is; its layers may be reused.
+            block: what was matched.
+            start: a start that :meth:`start_for` returned.
         """
         raise NotImplementedError
 

@@ -15,7 +15,16 @@ from convsurgery.rules.convert import (
     as_target,
 )
 from convsurgery.rules.keys import KEYS, OPERATORS, NumberKey, TextKey
-from convsurgery.rules.model import PredicateSelector, Rule, Rules, Selector, Target, Test
+from convsurgery.rules.model import (
+    PatternSelector,
+    PredicateSelector,
+    Rule,
+    Rules,
+    Selector,
+    Target,
+    Test,
+    failed_tests,
+)
 from convsurgery.rules.parser import parse, parse_selector, parse_target
 from convsurgery.rules.places import PlaceMatch, SelectorPlace, list_selectors, register_selector
 from convsurgery.rules.source import Source
@@ -28,6 +37,7 @@ __all__ = [
     "Glob",
     "KeyName",
     "NumberKey",
+    "PatternSelector",
     "PlaceMatch",
     "PredicateSelector",
     "Range",
@@ -48,6 +58,7 @@ __all__ = [
     "TextKey",
     "as_rules",
     "as_target",
+    "failed_tests",
     "list_selectors",
     "parse",
     "parse_selector",

@@ -7,7 +7,7 @@ from typing import Protocol, cast, runtime_checkable
 
 from convsurgery.errors import RuleError
 from convsurgery.geometry import Site
-from convsurgery.rules.model import PredicateSelector, Rule, Rules, Selector, Target
+from convsurgery.rules.model import PatternSelector, PredicateSelector, Rule, Rules, Selector, Target
 from convsurgery.rules.parser import parse, parse_selector, parse_target
 
 __all__ = ["RuleLike", "RulesLike", "SelectorLike", "SupportsTarget", "TargetLike", "as_rules", "as_target"]
@@ -20,7 +20,7 @@ class SupportsTarget(Protocol):
     def to_target(self) -> Target: ...
 
 
-SelectorLike = str | Selector | PredicateSelector | Callable[[Site], bool]
+SelectorLike = str | Selector | PredicateSelector | PatternSelector | Callable[[Site], bool]
 TargetLike = str | Target | SupportsTarget
 RuleLike = str | Rule | tuple[SelectorLike, TargetLike]
 RulesLike = str | Rule | Rules | Sequence[RuleLike]
@@ -56,14 +56,19 @@ def _item(item: RuleLike) -> Sequence[Rule]:
     )
 
 
-def _selector(value: SelectorLike) -> Selector | PredicateSelector:
+def _selector(value: SelectorLike) -> Selector | PredicateSelector | PatternSelector:
     if isinstance(value, str):
         return parse_selector(value)
-    if isinstance(value, Selector | PredicateSelector):
+    if isinstance(value, Selector | PredicateSelector | PatternSelector):
         return value
+    # A network is callable too, but it is a pattern to look for; known by its method, for no torch is loaded here.
+    if hasattr(type(value), "named_modules"):
+        return PatternSelector(value)
     if callable(value) and not isinstance(value, type):
         return PredicateSelector(value)
-    raise RuleError(f"a selector is a text, a Selector or a function on sites, not {_kind(value)}")
+    raise RuleError(
+        f"a selector is a text, a Selector, a function on sites or an nn.Module to look for, not {_kind(value)}"
+    )
 
 
 def as_target(value: TargetLike) -> Target:

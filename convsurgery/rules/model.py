@@ -22,7 +22,7 @@ from convsurgery.rules.values import (
     read_argument,
 )
 
-__all__ = ["PredicateSelector", "Rule", "Rules", "Selector", "Target", "Test"]
+__all__ = ["PatternSelector", "PredicateSelector", "Rule", "Rules", "Selector", "Target", "Test", "failed_tests"]
 
 _UNREACHED = "no forward call reaches it"
 
@@ -136,9 +136,7 @@ class Selector(Sourced):
     @property
     def singles_out(self) -> bool:
         """Whether it names one convolution alone, so that not replacing it is an error and not a skip."""
-        return place_named(self.place).single or any(
-            test.key in ("name", "index") and test.exact for test in self.tests
-        )
+        return place_named(self.place).single or _single(self.tests)
 
     def reason(self, site: Site, sites: Sequence[Site]) -> str | None:
         """Why ``site``, one of all ``sites`` of the model, is not taken; None when it is."""
@@ -147,15 +145,17 @@ class Selector(Sourced):
         place = place_named(self.place)
         if place.kind == "structure" or place.match is None:
             return f"{self.place} is a pattern of several layers, not one convolution"
-        reason = place.match(site, sites)
-        if reason is not None:
-            return reason
-        failed = [test for test in self.tests if not test.matches(site)]
-        if not failed:
-            return None
-        found = {key: text for test in failed for key, text in test.found(site).items()}
-        has = ", ".join(f"{key}={text}" for key, text in found.items())
-        return f"{has}, the rule wants {', '.join(map(str, failed))}"
+        return place.match(site, sites) or failed_tests(self.tests, site)
+
+
+def failed_tests(tests: Sequence[Test], site: Site) -> str | None:
+    """What ``site`` has and the tests want, or None when it passes them all."""
+    failed = [test for test in tests if not test.matches(site)]
+    if not failed:
+        return None
+    found = {key: text for test in failed for key, text in test.found(site).items()}
+    has = ", ".join(f"{key}={text}" for key, text in found.items())
+    return f"{has}, the rule wants {', '.join(map(str, failed))}"
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,38 @@ class PredicateSelector(Sourced):
         if site.index < 0:
             return _UNREACHED
         return None if self.function(site) else f"{self} declines it"
+
+
+@dataclass(frozen=True)
+class PatternSelector(Sourced):
+    """A structural pattern given as code in the place of a selector; its text, ``<name>``, is for reading only.
+
+    ``code`` is an ``nn.Module``, a function of a tensor and layers, or what such a pattern was compiled to. The tests
+    are asked of the first convolution of a match.
+    """
+
+    code: object
+    tests: tuple[Test, ...] = ()
+
+    def __str__(self) -> str:
+        name = getattr(self.code, "name", None) or getattr(self.code, "__name__", type(self.code).__name__)
+        return f"<{str(name).strip('<>')}>" + (f"[{', '.join(map(str, self.tests))}]" if self.tests else "")
+
+    @property
+    def structural(self) -> bool:
+        return True
+
+    @property
+    def singles_out(self) -> bool:
+        return _single(self.tests)
+
+    def reason(self, site: Site, sites: Sequence[Site]) -> str | None:
+        """As :meth:`Selector.reason`; a pattern is never a single convolution."""
+        return f"{self} is a pattern of several layers, not one convolution"
+
+
+def _single(tests: Sequence[Test]) -> bool:
+    return any(test.key in ("name", "index") and test.exact for test in tests)
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,7 +283,7 @@ def _writable(value: object) -> bool:
 class Rule(Sourced):
     """What to look for and what to put there."""
 
-    selector: Selector | PredicateSelector
+    selector: Selector | PredicateSelector | PatternSelector
     target: Target
 
     def __str__(self) -> str:

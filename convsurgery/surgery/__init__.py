@@ -1,8 +1,9 @@
 """The only package that edits a model: plan, apply, record, fuse, save and load."""
 
 from convsurgery.surgery.apply import apply, apply_
+from convsurgery.surgery.decide import make_plan
 from convsurgery.surgery.fuse import fuse
-from convsurgery.surgery.plan import Entry, Plan, make_plan
+from convsurgery.surgery.plan import Entry, Plan
 from convsurgery.surgery.record import Record, record, unwrap
 from convsurgery.surgery.storage import load, load_weights, save
 

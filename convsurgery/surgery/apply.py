@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from convsurgery.adapters import adapter_for
 from convsurgery.errors import ConversionError
 from convsurgery.geometry import ConvGeometry
 from convsurgery.graph import aliases, copy_model
 from convsurgery.surgery.plan import Entry, Plan
 from convsurgery.surgery.record import add_to_record
+from convsurgery.surgery.rewrite import chain_edit, owner_edits, rewritten
 
 __all__ = ["apply", "apply_"]
 
@@ -45,27 +47,63 @@ def apply_(model: nn.Module, plan: Plan) -> nn.Module:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     names = aliases(model)
-    made = [_replacement(entry, modules, names) for entry in plan.edits]
+    single = [_replacement(entry, modules, names) for entry in plan.edits if entry.block is None]
+    blocks = [entry for entry in plan.edits if entry.block is not None]
+    for entry in blocks:
+        _check_block(entry, modules)
+    chains = [chain_edit(entry, modules) for entry in blocks if entry.block and entry.block.chain]
+    owners = owner_edits((entry for entry in blocks if entry.block and not entry.block.chain), modules)
     undo: list[Callable[[], None]] = []
     norms: dict[str, float] = {}
     root = model
     try:
-        for item in made:
-            for name in item.names:
-                parent, _, child = name.rpartition(".")
-                if name:
-                    _set(modules[parent], child, item.new, undo)
-                else:
-                    root = item.new
+        for item in single:
+            root = _put(modules, item.names, item.new, root, undo)
             if item.norm is not None:
                 norms[str(item.entry.site.batchnorm)] = _absorb(*item.norm, undo)
+        for chain in chains:
+            for name, new in chain.modules.items():
+                root = _put(modules, names[id(modules[name])], new, root, undo)
+        # The deepest come first, so that an owner is rewritten with its children as they will be.
+        for edit in owners:
+            for member in edit.left:
+                root = _put(modules, names[id(modules[member])], nn.Identity(), root, undo)
+            twin = rewritten(modules[edit.owner], edit)
+            root = _put(modules, names[id(modules[edit.owner])], twin, root, undo)
     except BaseException:
         for step in reversed(undo):
             step()
         raise
-    _keep_whole(item.new for item in made)
+    gained = [module for edit in owners for module in edit.gained.values()]
+    _keep_whole([*(item.new for item in single), *gained])
     add_to_record(root, plan, norms, before=model)
     return root
+
+
+def _put(
+    modules: dict[str, nn.Module],
+    names: tuple[str, ...],
+    new: nn.Module,
+    root: nn.Module,
+    undo: list[Callable[[], None]],
+) -> nn.Module:
+    """Set ``new`` at all ``names``; returns the root, which it is itself where the root is replaced."""
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        if name:
+            _set(modules[parent], child, new, undo)
+        else:
+            root = new
+    return root
+
+
+def _check_block(entry: Entry, modules: dict[str, nn.Module]) -> None:
+    """As for single sites: nothing is built on weights that are absent or not finite."""
+    assert entry.block is not None
+    for member in entry.block.members:
+        for name, parameter in modules[member].named_parameters() if member in modules else ():
+            if not _finite(parameter.detach()):
+                raise ConversionError(f"{member}: its {name} holds NaN or infinity; nothing was converted")
 
 
 def _replacement(entry: Entry, modules: dict[str, nn.Module], names: dict[int, tuple[str, ...]]) -> _Replacement:
@@ -76,7 +114,8 @@ def _replacement(entry: Entry, modules: dict[str, nn.Module], names: dict[int, t
     if not isinstance(conv, nn.Conv2d):
         what = "nothing" if conv is None else type(conv).__name__
         raise ConversionError(f"the plan is for another model: it wants a Conv2d at {site.label}, here is {what}")
-    geometry = ConvGeometry.of(conv)
+    adapter = adapter_for(conv)
+    geometry = ConvGeometry.of(conv) if adapter is None else adapter.geometry(conv)
     if geometry != site.geometry:
         raise ConversionError(f"the plan is for another model: {site.label} is {geometry}, planned was {site.geometry}")
     if conv.weight.is_meta and start.name == "neutral":
@@ -85,9 +124,11 @@ def _replacement(entry: Entry, modules: dict[str, nn.Module], names: dict[int, t
         if not _finite(parameter.detach()):
             raise ConversionError(f"{site.label}: its {name} holds NaN or infinity; nothing was converted")
     norm = modules.get(site.batchnorm) if entry.absorb and site.batchnorm else None
-    built = config.build(conv, start, absorb=norm is not None and _can_absorb(norm))
+    source = conv if adapter is None else adapter.plain(conv)
+    built = config.build(source, start, absorb=norm is not None and _can_absorb(norm))
+    new = built.module if adapter is None else adapter.wrap(built.module, conv, source)
     absorbed = None if norm is None or built.residual is None else (norm, built.residual)
-    return _Replacement(entry, names[id(conv)], built.module, absorbed)
+    return _Replacement(entry, names[id(conv)], new, absorbed)
 
 
 def _keep_whole(modules: Iterable[nn.Module]) -> None:

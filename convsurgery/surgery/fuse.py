@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from convsurgery.graph import aliases, copy_model, followers, trace
+from convsurgery.graph import aliases, copy_model, followers, regions
+from convsurgery.operators.fused import batchnorm_affine, without_affine
 from convsurgery.operators.kervolution import Kervolution2d
 from convsurgery.surgery.record import Record, record, set_record
 
@@ -23,19 +24,17 @@ def fuse(model: nn.Module) -> nn.Module:
     """
     fused = copy_model(model).eval()
     modules = dict(fused.named_modules(remove_duplicate=False))
-    try:
-        after = followers(trace(fused), modules)
-    except Exception:  # whatever FX raises: the model is then fused without its batch norms
-        after = {}
+    graphs, _ = regions(fused, contextlib.nullcontext())
+    after = dict(followers(graphs, modules))
     names = aliases(fused)
     for name, module in list(fused.named_modules()):
         if not isinstance(module, Kervolution2d):
             continue
         new = module.fuse()
         norm_name = next((after[alias] for alias in names[id(module)] if alias in after), None)
-        rest = None if norm_name is None else _without_norm(modules[norm_name])
+        rest = None if norm_name is None else without_affine(modules[norm_name])
         if norm_name is not None and rest is not None:
-            new.absorb_affine(*_affine(modules[norm_name]))
+            new.absorb_affine(*batchnorm_affine(modules[norm_name]))
             _replace(modules, names[id(modules[norm_name])], rest)
         if name:
             _replace(modules, names[id(module)], new)
@@ -49,29 +48,3 @@ def _replace(modules: dict[str, nn.Module], names: tuple[str, ...], new: nn.Modu
     for name in names:
         parent, _, child = name.rpartition(".")
         modules[parent]._modules[child] = new
-
-
-def _without_norm(norm: nn.Module) -> nn.Module | None:
-    """What remains of a normalisation layer once its affine is gone; None for kinds that are not known."""
-    from timm.layers import BatchNormAct2d
-
-    if type(norm) is nn.BatchNorm2d:
-        return nn.Identity()
-    if type(norm) is BatchNormAct2d:
-        parts = (norm.get_submodule("drop"), norm.get_submodule("act"))
-        return nn.Sequential(*parts)
-    return None
-
-
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """An eval-mode BatchNorm as gain and bias in float64."""
-    mean, var = norm.running_mean, norm.running_var
-    assert isinstance(mean, Tensor)
-    assert isinstance(var, Tensor)
-    gain = torch.rsqrt(var.double() + float(norm.eps))  # type: ignore[arg-type]
-    if isinstance(norm.weight, Tensor):
-        gain = gain * norm.weight.detach()
-    bias = -mean * gain
-    if isinstance(norm.bias, Tensor):
-        bias = bias + norm.bias.detach()
-    return gain, bias

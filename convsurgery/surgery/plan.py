@@ -1,21 +1,19 @@
-"""Rule × sites × what each operator supports → a frozen plan. Nothing is edited here."""
+"""The plan: for every site of a model an edit, or the reason why it stays. Frozen, printable, to JSON and back."""
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convsurgery.errors import ArgumentError, ConversionError, NoMatchError, RuleError, StorageError
-from convsurgery.geometry import ConvGeometry, Cost, Site
-from convsurgery.graph import Observation
+from convsurgery.errors import RuleError, StorageError
+from convsurgery.geometry import Block, ConvGeometry, Cost, Site
 from convsurgery.operators import OperatorConfig, Start, bind
-from convsurgery.rules import Rule, Rules, parse_target
+from convsurgery.rules import parse_target
 
-__all__ = ["FORMAT", "Entry", "Plan", "make_plan"]
+__all__ = ["FORMAT", "Entry", "Plan"]
 
 FORMAT = 1
 
@@ -32,6 +30,8 @@ class Entry:
         rule: position of the rule that took the site, from 0; None when no rule did.
         after: cost of what stands there afterwards.
         absorb: whether the BatchNorm behind takes over the operator's per-channel gain.
+        block: for a structural rule, the block this convolution belongs to. Its first convolution's entry stands for
+            the whole block; the others say that they are part of it.
     """
 
     site: Site
@@ -41,6 +41,19 @@ class Entry:
     rule: int | None
     after: Cost
     absorb: bool = False
+    block: Block | None = None
+
+    @property
+    def heads_block(self) -> bool:
+        """Whether this entry stands for its whole block."""
+        return self.block is not None and self.config is not None
+
+    @property
+    def before(self) -> Cost:
+        """Cost of what stands there now; of a block it is all at the block's first convolution."""
+        if self.block is None:
+            return self.site.cost
+        return Cost(self.block.params, self.block.macs) if self.heads_block else Cost(0, 0)
 
     @property
     def exactness(self) -> str:
@@ -57,10 +70,11 @@ class Plan:
     Attributes:
         model: the model's name or class, as printed.
         rule: the rules' canonical text.
-        seen: how the model was seen: "FX and hooks", or "hooks alone (reason)".
+        seen: how the model was seen: "FX and hooks", or which of the two alone and why.
         input_shapes: of the inputs it was seen with, batch included.
         entries: one for each Conv2d, in execution order.
         total_params: trainable parameters of the whole model before.
+        notes: what else there is to say, such as blocks that overlap with others.
     """
 
     model: str
@@ -69,6 +83,7 @@ class Plan:
     input_shapes: tuple[tuple[int, ...], ...]
     entries: tuple[Entry, ...]
     total_params: int
+    notes: tuple[str, ...] = ()
 
     @property
     def edits(self) -> tuple[Entry, ...]:
@@ -78,12 +93,14 @@ class Plan:
     @property
     def skips(self) -> tuple[Entry, ...]:
         """The entries a rule took and that stay all the same, each with its reason."""
-        return tuple(entry for entry in self.entries if entry.config is None and entry.rule is not None)
+        return tuple(
+            entry for entry in self.entries if entry.config is None and entry.rule is not None and entry.block is None
+        )
 
     @property
     def before(self) -> Cost:
-        """Cost of all called convolutions together."""
-        return _total(entry.site.cost for entry in self.entries)
+        """Cost of all called convolutions, and of the blocks that are replaced, together."""
+        return _total(entry.before for entry in self.entries)
 
     @property
     def after(self) -> Cost:
@@ -91,12 +108,16 @@ class Plan:
         return _total(entry.after for entry in self.entries)
 
     def without(self, pattern: str) -> Plan:
-        """This plan with the sites whose name matches the glob ``pattern`` left as they are."""
+        """This plan with the sites whose name matches the glob ``pattern`` left as they are, and blocks around them."""
+
+        def hit(entry: Entry) -> bool:
+            return any(fnmatch.fnmatchcase(name, pattern) for name in entry.site.names)
+
+        blocks = {entry.block for entry in self.entries if entry.block is not None and hit(entry)}
+        reason = f"left out by {pattern!r}"
         entries = tuple(
-            dataclasses.replace(
-                entry, config=None, start=None, reason=f"left out by {pattern!r}", after=entry.site.cost, absorb=False
-            )
-            if entry.config is not None and any(fnmatch.fnmatchcase(name, pattern) for name in entry.site.names)
+            Entry(entry.site, None, None, reason, entry.rule, entry.site.cost)
+            if (entry.config is not None and hit(entry)) or entry.block in blocks
             else entry
             for entry in self.entries
         )
@@ -117,6 +138,7 @@ class Plan:
                 "rule": entry.rule,
                 "after": dataclasses.asdict(entry.after),
                 "absorb": entry.absorb,
+                "block": None if entry.block is None else dataclasses.asdict(entry.block),
             }
             for entry in self.entries
         ]
@@ -145,7 +167,8 @@ class Plan:
                 raise StorageError(f"the plan has format {data['format']!r}; this version reads {FORMAT}")
             entries = tuple(_entry(item) for item in data["entries"])
             shapes = tuple(tuple(int(n) for n in shape) for shape in data["input_shapes"])
-            return cls(data["model"], data["rule"], data["seen"], shapes, entries, int(data["total_params"]))
+            total, notes = int(data["total_params"]), tuple(map(str, data.get("notes", ())))
+            return cls(data["model"], data["rule"], data["seen"], shapes, entries, total, notes)
         except KeyError as error:
             raise StorageError(f"the plan has no {error}") from error
         except (TypeError, ValueError, AttributeError) as error:
@@ -170,7 +193,10 @@ def _entry(item: dict[str, Any]) -> Entry:
     site = Site(geometry=ConvGeometry(**geometry_fields), **site_fields)
     config = None if item["operator"] is None else bind(parse_target(item["operator"]))
     start = None if item["start"] is None else Start.parse(item["start"])
-    return Entry(site, config, start, item["reason"], item["rule"], Cost(**item["after"]), bool(item["absorb"]))
+    block_fields: Any = item.get("block")
+    block = None if block_fields is None else Block(**_tuples(block_fields))
+    after, absorb = Cost(**item["after"]), bool(item["absorb"])
+    return Entry(site, config, start, item["reason"], item["rule"], after, absorb, block)
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
@@ -180,74 +206,3 @@ def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
 def _total(costs: Any) -> Cost:
     costs = list(costs)
     return Cost(sum(cost.params for cost in costs), sum(cost.macs for cost in costs))
-
-
-def make_plan(model: str, total_params: int, seen: Observation, rules: Rules, start: Start | None = None) -> Plan:
-    """Decide for every site.
-
-    Args:
-        model: the model's name, as printed.
-        total_params: its trainable parameters.
-        seen: its sites.
-        rules: the first rule that takes a site wins.
-        start: for all replacements; None leaves it to each operator.
-
-    Raises:
-        RuleError: for operators or arguments that do not exist.
-        NoMatchError: when no rule takes any site.
-        ConversionError: when a site that a rule names alone cannot be replaced.
-    """
-    for rule in rules:
-        if rule.selector.structural:
-            place = rule.selector
-            raise place.error(f"no matcher for the pattern {place} is registered", hint="use a place such as conv")
-    configs = [None if rule.keeps else bind(rule.target) for rule in rules]
-    starts = [
-        None if config is None else _start(rule, config, start) for rule, config in zip(rules, configs, strict=True)
-    ]
-    entries = []
-    for site in seen.sites:
-        number = next((i for i, rule in enumerate(rules) if rule.selector.reason(site, seen.sites) is None), None)
-        if number is None:
-            reason = "no rule takes it" if site.index >= 0 else "no forward call reaches it"
-            entries.append(Entry(site, None, None, reason, None, site.cost))
-            continue
-        rule, config = rules.rules[number], configs[number]
-        if config is None:
-            entries.append(Entry(site, None, None, "kept", number, site.cost))
-            continue
-        refusal = site.blocked or config.refuses(site)
-        if refusal is not None:
-            if rule.selector.singles_out:
-                raise ConversionError(f"{site.label} cannot become {config}: {refusal}")
-            entries.append(Entry(site, None, None, refusal, number, site.cost))
-            continue
-        begin = starts[number]
-        assert begin is not None
-        absorb = begin.name == "neutral" and site.batchnorm is not None and not site.geometry.bias
-        entries.append(Entry(site, config, begin, None, number, config.cost(site), absorb))
-    if all(entry.rule is None for entry in entries):
-        raise _no_match(rules, seen.sites)
-    return Plan(model, str(rules), seen.seen, seen.input_shapes, tuple(entries), total_params)
-
-
-def _start(rule: Rule, config: OperatorConfig, wanted: Start | None) -> Start:
-    try:
-        return config.start_for(wanted)
-    except ArgumentError as error:
-        raise rule.target.error(error.message, hint=error.hint) from None
-
-
-def _no_match(rules: Rules, sites: Sequence[Site]) -> NoMatchError:
-    """The error for rules that take nothing: the nearest misses first (fewest failed wishes)."""
-    if not sites:
-        return NoMatchError("the model has no Conv2d", str(rules))
-    misses = []
-    for rule in rules:
-        for site in sites:
-            reason = rule.selector.reason(site, sites) or ""
-            misses.append((reason.count("=") + reason.count(">") + reason.count("<"), site.index, site.label, reason))
-    shown = list(dict.fromkeys(f"  {label}: {reason}" for _, _, label, reason in sorted(misses)))
-    more = [f"  … and {len(shown) - 5} more"] if len(shown) > 5 else []
-    hint = "near misses:\n" + "\n".join(shown[:5] + more)
-    return NoMatchError("no convolution matches", str(rules), 0, len(str(rules)), hint=hint)

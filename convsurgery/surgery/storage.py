@@ -74,6 +74,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, base: str | zoo
 def _changed(model: nn.Module, done: Record) -> set[str]:
     """Names of modules that differ from the base's: replaced, rescaled or folded away."""
     changed = {name for entry in done.edits for name in entry.site.names} | set(done.norms)
+    for block in (entry.block for entry in done.edits if entry.block is not None):
+        changed |= {*block.members, *(() if block.chain else (block.owner,))}
     if done.fused:
         changed |= {entry.site.batchnorm for entry in done.edits if entry.site.batchnorm}
     return changed

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from convsurgery.geometry import Site
 
 if TYPE_CHECKING:
-    from convsurgery.surgery.plan import Plan
+    from convsurgery.surgery.plan import Entry, Plan
 
 __all__ = ["count", "plan_html", "plan_text", "render"]
 
@@ -34,8 +34,10 @@ def _change(before: int, after: int) -> str:
 
 
 def _shape(site: Site) -> str:
-    if site.input_shape is None:
+    if site.index < 0:
         return "never called"
+    if site.input_shape is None:
+        return "size unknown"
     height, width = site.input_shape[-2:]
     size = f"{height}²" if height == width else f"{height}x{width}"
     return size if site.calls == 1 else f"{size} ×{site.calls}"
@@ -45,7 +47,7 @@ def _rows(plan: Plan) -> list[tuple[str, str, str, str, str, str]]:
     """Index, site, convolution, what it becomes, parameters, MACs; unmatched sites are left to the caption."""
     rows = []
     for entry in plan.entries:
-        if entry.rule is None:
+        if entry.rule is None or (entry.block is not None and not entry.heads_block):
             continue
         site = entry.site
         # A space before the arguments gives the terminal a place to break the line.
@@ -55,19 +57,32 @@ def _rows(plan: Plan) -> list[tuple[str, str, str, str, str, str]]:
         rows.append(
             (
                 "–" if site.index < 0 else str(site.index),
-                site.label,
-                f"{site.geometry}, {_shape(site)}",
+                _where(entry),
+                _what(entry),
                 becomes,
-                _change(site.cost.params, entry.after.params),
-                _change(site.cost.macs, entry.after.macs),
+                _change(entry.before.params, entry.after.params),
+                _change(entry.before.macs, entry.after.macs),
             )
         )
     return rows
 
 
+def _where(entry: Entry) -> str:
+    """The first convolution's name, or the module that holds a block which is no mere chain."""
+    return entry.site.label if entry.block is None or entry.block.chain else entry.block.owner
+
+
+def _what(entry: Entry) -> str:
+    if entry.block is None:
+        return f"{entry.site.geometry}, {_shape(entry.site)}"
+    convs = len(entry.block.sites)
+    inside = str(entry.site.geometry) if convs == 1 else f"{convs} convolutions"
+    return f"{entry.block.pattern}: {inside}, {_shape(entry.site)}"
+
+
 _KEEPS = {
-    "exact": "computes what the convolution did",
-    "approximate": "computes nearly what the convolution did",
+    "exact": "computes what {} did",
+    "approximate": "computes nearly what {} did",
     "none": "loses the predictions until it is trained",
 }
 
@@ -80,7 +95,8 @@ def _starts(plan: Plan) -> list[str]:
         for kept in dict.fromkeys(entry.exactness for entry in group):
             some = [entry for entry in group if entry.exactness == kept]
             names = ", ".join(dict.fromkeys(entry.config.name for entry in some if entry.config))
-            line = f"{names} by {start} {_KEEPS[kept]}"
+            what = "the convolution" if any(entry.block is None for entry in some) else "the layers"
+            line = f"{names} by {start} {_KEEPS[kept].format(what)}"
             absorbed = [entry.site.batchnorm for entry in some if entry.absorb]
             if absorbed:
                 who = str(absorbed[0]) if len(absorbed) == 1 else f"the BatchNorm behind it, at {len(absorbed)} sites"
@@ -90,8 +106,14 @@ def _starts(plan: Plan) -> list[str]:
 
 
 def _caption(plan: Plan) -> tuple[str, str]:
-    shape = ", ".join("x".join(map(str, shape[1:])) for shape in plan.input_shapes)
-    head = f"{plan.model} at {shape}: {len(plan.edits)} of {len(plan.entries)} convolutions are replaced"
+    # Without the batch; single images have none.
+    shape = ", ".join("x".join(map(str, shape[1:] if len(shape) > 3 else shape)) for shape in plan.input_shapes)
+    blocks = [entry.block for entry in plan.edits if entry.block is not None]
+    inside = sum(len(block.sites) for block in blocks)
+    replaced = len(plan.edits) - len(blocks) + inside
+    head = f"{plan.model} at {shape}: {replaced} of {len(plan.entries)} convolutions are replaced"
+    if blocks:
+        head += f", {inside} of them in {len(blocks)} block{'s' * (len(blocks) > 1)}"
     untaken = [entry for entry in plan.entries if entry.rule is None]
     unreached = sum(entry.site.index < 0 for entry in untaken)
     if len(untaken) > unreached:
@@ -102,7 +124,12 @@ def _caption(plan: Plan) -> tuple[str, str]:
     total = plan.total_params
     change = _change(total, total + after.params - before.params)
     foot = f"parameters {change} · MACs in convolutions {_change(before.macs, after.macs)}"
-    return head, "\n".join([*_starts(plan), f"seen by {plan.seen}", foot])
+    return head, "\n".join([*_starts(plan), *_notes(plan), f"seen by {plan.seen}", foot])
+
+
+def _notes(plan: Plan, most: int = 3) -> list[str]:
+    more = len(plan.notes) - most
+    return [*plan.notes[:most], *([f"… and {more} more such"] if more > 0 else [])]
 
 
 _COLUMNS = ("#", "site", "convolution", "becomes", "params", "MACs")

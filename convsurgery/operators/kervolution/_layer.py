@@ -301,7 +301,8 @@ def learnable_cost(site: Site, learnable: bool | str, base: Cost) -> Cost:
 def distance_cost(site: Site) -> Cost:
     """A convolution's cost and that of ‖x‖² under the window: a sum over channels, then over the window."""
     g, base = site.geometry, site.cost
-    pixels = 0 if site.input_shape is None else site.input_shape[-1] * site.input_shape[-2] * site.calls
+    # All calls together; what is padded is left out.
+    pixels = site.positions * g.stride[0] * g.stride[1]
     window = g.groups * g.kernel_size[0] * g.kernel_size[1] * site.positions
     return Cost(base.params, base.macs + g.in_channels * pixels + window)
 

@@ -1,0 +1,217 @@
+"""Rule × sites × what each operator supports → a frozen plan. Nothing is edited here."""
+
+from __future__ import annotations
+
+from convsurgery.errors import ArgumentError, ConversionError, NoMatchError, RuleError, nearest
+from convsurgery.geometry import Block, Cost, Site
+from convsurgery.graph import Candidate, Observation, Template, find_blocks
+from convsurgery.operators import OperatorConfig, Start, bind, list_operators, operator
+from convsurgery.rules import PatternSelector, Rule, Rules, Selector, failed_tests
+from convsurgery.surgery.plan import Entry, Plan
+
+__all__ = ["make_plan"]
+
+#: patterns around one convolution: an operator that replaces convolutions can stand in them
+_AROUND_ONE = ("conv-bn", "conv-bn-act", "conv-act")
+
+
+def make_plan(model: str, total_params: int, seen: Observation, rules: Rules, start: Start | None = None) -> Plan:
+    """Decide for every site.
+
+    Args:
+        model: the model's name, as printed.
+        total_params: its trainable parameters.
+        seen: its sites and graphs.
+        rules: the first rule that takes a site wins; of blocks that overlap, the first in execution order.
+        start: for all replacements; None leaves it to each operator.
+
+    Raises:
+        RuleError: for operators or arguments that do not exist, patterns that do not trace, and operators that cannot
+            stand where the rule puts them.
+        NoMatchError: when no rule takes any site.
+        ConversionError: when a site that a rule names alone cannot be replaced.
+    """
+    return _Decision(seen, rules, start).plan(model, total_params)
+
+
+class _Decision:
+    def __init__(self, seen: Observation, rules: Rules, start: Start | None) -> None:
+        self.seen, self.rules = seen, rules
+        self.entries: dict[str, Entry] = {}
+        self.misses: list[tuple[int, int, str, str]] = []
+        self.notes: list[str] = []
+        # All rules are bound before any work is done, so that a mistake in the last one is told at once.
+        self.configs = [None if rule.keeps else bind(rule.target) for rule in rules]
+        self.starts = [
+            None if config is None else _start(rule, config, start)
+            for rule, config in zip(rules, self.configs, strict=True)
+        ]
+        for rule, config in zip(rules, self.configs, strict=True):
+            if config is not None:
+                _check_kind(rule, config)
+
+    def plan(self, model: str, total_params: int) -> Plan:
+        for number, rule in enumerate(self.rules):
+            if rule.selector.structural:
+                self._take_blocks(number, rule)
+            else:
+                self._take_sites(number, rule)
+        if not self.entries:
+            raise self._no_match()
+        entries = tuple(self.entries.get(site.name) or _untaken(site) for site in self.seen.sites)
+        seen = self.seen
+        return Plan(model, str(self.rules), seen.seen, seen.input_shapes, entries, total_params, tuple(self.notes))
+
+    def _take_sites(self, number: int, rule: Rule) -> None:
+        config, start = self.configs[number], self.starts[number]
+        for site in self.seen.sites:
+            if site.name in self.entries:
+                continue
+            reason = rule.selector.reason(site, self.seen.sites)
+            if reason is not None:
+                self._miss(site, reason)
+            elif config is None or start is None:
+                self._stays(site, "kept", number)
+            else:
+                self._replace(site, config, start, rule, number)
+
+    def _replace(self, site: Site, config: OperatorConfig, start: Start, rule: Rule, number: int) -> None:
+        refusal = site.blocked or config.refuses(site)
+        if refusal is not None:
+            if rule.selector.singles_out:
+                raise ConversionError(f"{site.label} cannot become {config}: {refusal}")
+            self._stays(site, refusal, number)
+            return
+        absorb = start.name == "neutral" and site.batchnorm is not None and not site.geometry.bias
+        self.entries[site.name] = Entry(site, config, start, None, number, config.cost(site), absorb)
+
+    def _stays(self, site: Site, reason: str, number: int, block: Block | None = None) -> None:
+        after = site.cost if block is None else Cost(0, 0)
+        self.entries[site.name] = Entry(site, None, None, reason, number, after, block=block)
+
+    def _take_blocks(self, number: int, rule: Rule) -> None:
+        selector = rule.selector
+        assert isinstance(selector, Selector | PatternSelector)
+        for candidate in find_blocks(self.seen, _pattern(selector)):
+            reason = failed_tests(selector.tests, candidate.site)
+            if reason is not None or candidate.block is None:
+                self._miss(candidate.site, reason or candidate.reason or "")
+                continue
+            sites = [site for site in self.seen.sites if site.name in candidate.block.sites]
+            rival = next((self.entries[site.name] for site in sites if site.name in self.entries), None)
+            if rival is not None:
+                self._note_overlap(candidate.block, rival)
+            else:
+                self._take_block(candidate, sites, rule, number)
+
+    def _take_block(self, candidate: Candidate, sites: list[Site], rule: Rule, number: int) -> None:
+        config, start, block = self.configs[number], self.starts[number], candidate.block
+        assert block is not None
+        if config is None or start is None:
+            for site in sites:
+                self._stays(site, "kept", number)
+            return
+        if not config.patterns:
+            if len(sites) != 1:
+                raise _several(rule, config)
+            self._replace(sites[0], config, start, rule, number)
+            return
+        blocked = next((f"{site.label}: {site.blocked}" for site in sites if site.blocked), None)
+        refusal = blocked or candidate.reason or config.refuses_block(block, sites) or self._second_view(block)
+        if refusal is not None:
+            if rule.selector.singles_out:
+                raise ConversionError(f"{block.pattern} at {block.label} cannot become {config}: {refusal}")
+            for site in sites:
+                self._stays(site, refusal, number)
+            return
+        after = config.block_cost(block, sites)
+        self.entries[sites[0].name] = Entry(sites[0], config, start, None, number, after, block=block)
+        for site in sites[1:]:
+            self._stays(site, f"part of the {block.pattern} at {sites[0].label}", number, block)
+
+    def _second_view(self, block: Block) -> str | None:
+        """A forward is rewritten once, from one graph: blocks in it must have been found in that graph."""
+        if block.chain:
+            return None
+        others = [entry.block for entry in self.entries.values() if entry.heads_block]
+        rival = next(
+            (b for b in others if b and not b.chain and b.owner == block.owner and b.opened != block.opened), 0
+        )
+        return f"another block of {block.owner} is rewritten already" if rival else None
+
+    def _note_overlap(self, block: Block, rival: Entry) -> None:
+        if rival.block is not None and rival.block.members == block.members:
+            return
+        what = (
+            f"the {rival.block.pattern} at {rival.block.label}"
+            if rival.block
+            else f"the rule that took {rival.site.label}"
+        )
+        self.notes.append(f"{block.pattern} at {block.label} overlaps with {what}, which comes first")
+
+    def _miss(self, site: Site, reason: str) -> None:
+        wishes = reason.count("=") + reason.count(">") + reason.count("<")
+        self.misses.append((wishes, site.index, site.label, reason))
+
+    def _no_match(self) -> NoMatchError:
+        """The error for rules that take nothing: the nearest misses first (fewest failed wishes)."""
+        if not self.seen.sites:
+            return NoMatchError("the model has no Conv2d", str(self.rules))
+        shown = list(dict.fromkeys(f"  {label}: {reason}" for _, _, label, reason in sorted(self.misses)))
+        more = [f"  … and {len(shown) - 5} more"] if len(shown) > 5 else []
+        hint = "near misses:\n" + "\n".join(shown[:5] + more) if shown else "nothing in the model looks like it"
+        structural = all(rule.selector.structural for rule in self.rules)
+        message = "no part of the model matches" if structural else "no convolution matches"
+        return NoMatchError(message, str(self.rules), 0, len(str(self.rules)), hint=hint)
+
+
+def _untaken(site: Site) -> Entry:
+    reason = "no rule takes it" if site.index >= 0 else "no forward call reaches it"
+    return Entry(site, None, None, reason, None, site.cost)
+
+
+def _pattern(selector: Selector | PatternSelector) -> str | Template:
+    if isinstance(selector, Selector):
+        return selector.place
+    code = selector.code
+    return code if isinstance(code, Template) else Template(code)  # type: ignore[arg-type]
+
+
+def _start(rule: Rule, config: OperatorConfig, wanted: Start | None) -> Start:
+    try:
+        return config.start_for(wanted)
+    except ArgumentError as error:
+        raise rule.target.error(error.message, hint=error.hint) from None
+
+
+def _check_kind(rule: Rule, config: OperatorConfig) -> None:
+    """Whether the operator replaces what the selector names: one convolution, or a block."""
+    selector = rule.selector
+    if not selector.structural:
+        if config.patterns:
+            patterns = [p for p in config.patterns if p != "*"] or ["residual"]
+            raise rule.target.error(
+                f"{config.name} takes the place of several layers, and {selector} names single convolutions",
+                hint=f"write {patterns[0]}->{config}",
+            )
+        return
+    name = selector.place if isinstance(selector, Selector) else ""
+    if not config.patterns:
+        if name and name not in _AROUND_ONE:
+            raise _several(rule, config)
+    elif "*" not in config.patterns and name not in config.patterns:
+        taken = " and ".join(config.patterns)
+        raise rule.target.error(f"{config.name} takes the place of {taken}, not of {selector}", hint=_takers(name))
+
+
+def _several(rule: Rule, config: OperatorConfig) -> RuleError:
+    return rule.target.error(
+        f"{config.name} takes the place of one convolution, and {rule.selector} has several",
+        hint=f"name the convolutions, e.g. conv[in=Bottleneck]->{config}",
+    )
+
+
+def _takers(pattern: str) -> str:
+    """Which operators could stand there."""
+    names = [name for name in list_operators() if {"*", pattern} & set(operator(name).patterns)]
+    return f"for {pattern or 'this pattern'}: {', '.join(names)}" if names else nearest(pattern, list_operators())
