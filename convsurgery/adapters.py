@@ -29,12 +29,16 @@ __all__ = ["Adapter", "adapter_for", "pad_same", "register_adapter"]
 def pad_same(x: Tensor, kernel_size: Pair, stride: Pair, dilation: Pair) -> Tensor:
     """Zeros around (…, H, W) so that a window gives ceil(H / stride), ceil(W / stride); the odd one right and below."""
     height, width = (
-        # Where the last window ends, less what is there; a plain max would fix a size that is a symbol.
-        torch.sym_max((size + s - 1) // s * s - s + d * (k - 1) + 1 - size, 0)
+        # Where the last window ends, less what is there.
+        _at_least_0((size + s - 1) // s * s - s + d * (k - 1) + 1 - size)
         for size, k, s, d in zip(x.shape[-2:], kernel_size, stride, dilation, strict=True)
     )
-    amounts: Any = [width // 2, width - width // 2, height // 2, height - height // 2]
-    return F.pad(x, amounts)
+    return F.pad(x, [width // 2, width - width // 2, height // 2, height - height // 2])
+
+
+def _at_least_0(amount: Any) -> Any:
+    """Also for symbols, which a plain ``max`` would fix, and for the tensors that ``torch.jit.trace`` has as sizes."""
+    return amount.clamp(min=0) if isinstance(amount, Tensor) else torch.sym_max(amount, 0)
 
 
 @dataclass(frozen=True)
