@@ -12,6 +12,7 @@ import copy
 import inspect
 import itertools
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -82,15 +83,19 @@ def run(model: nn.Module, inputs: Sequence[Any]) -> Run:
     model = _materialised(model, inputs)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     skeleton = _skeleton(model, lambda tensor: _fake(tensor, mode))
+    # Of a model without memory only the shapes of its inputs count, wherever they are.
+    meta = any(parameter.is_meta for parameter in model.parameters())
+    placed = tree_map_only(Tensor, lambda x: x.to("meta"), tuple(inputs)) if meta else tuple(inputs)
     try:
-        with _quiet_fakes():
-            return _observed(skeleton, tree_map_only(Tensor, mode.from_tensor, tuple(inputs)), mode)
+        with _quietly():
+            return _observed(skeleton, tree_map_only(Tensor, mode.from_tensor, placed), mode)
     except (DataDependentOutputException, DynamicOutputShapeException):
         pass
     except Exception as error:
         raise _does_not_run(model, inputs, error) from error
     try:
-        return _observed(_skeleton(model, _stand_in), tree_map_only(Tensor, _stand_in, tuple(inputs)), None)
+        with _quietly():
+            return _observed(_skeleton(model, _stand_in), tree_map_only(Tensor, _stand_in, tuple(inputs)), None)
     except Exception as error:
         raise _does_not_run(model, inputs, error) from error
 
@@ -214,17 +219,28 @@ def _hooked(convs: Mapping[str, nn.Module], root: nn.Module, watch: _Watch) -> I
             after = module.register_forward_hook(lambda _, args, out, name=name: watch.leave(name, out))
             stack.callback(before.remove)
             stack.callback(after.remove)
-        for name, module in root.named_modules():
-            if isinstance(module, _BatchNorm):
+        for name, module in list(root.named_modules()):
+            if isinstance(module, _BatchNorm) and not isinstance(module, torch.jit.ScriptModule):
                 stack.callback(module.register_forward_pre_hook(lambda *_, name=name: watch.count_norm(name)).remove)
-            parent = name.rpartition(".")[0]
-            if isinstance(module, torch.jit.ScriptModule) and not (
-                name and isinstance(root.get_submodule(parent), torch.jit.ScriptModule)
-            ):
-                inner = [f"{name}.{below}" for below, part in module.named_modules() if is_scripted_conv(part)]
-                hook = module.register_forward_pre_hook(lambda *_, inner=inner: watch.enter_scripted(inner))
-                stack.callback(hook.remove)
+            for child, part in module.named_children():
+                if isinstance(part, torch.jit.ScriptModule) and not isinstance(module, torch.jit.ScriptModule):
+                    module._modules[child] = _Scripted(part, f"{name}.{child}" if name else child, watch)
+                    stack.callback(module._modules.__setitem__, child, part)
         yield
+
+
+class _Scripted(nn.Module):
+    """Stands around a TorchScript module, which takes no hooks, and reports its calls."""
+
+    def __init__(self, module: nn.Module, name: str, watch: _Watch) -> None:
+        super().__init__()
+        self.inner, self.watch = module, watch
+        inside = [below for below, part in module.named_modules() if is_scripted_conv(part)]
+        self.convs = [f"{name}.{below}" if below else name for below in inside]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.watch.enter_scripted(self.convs)
+        return self.inner(*args, **kwargs)
 
 
 def is_scripted_conv(module: nn.Module) -> bool:
@@ -251,13 +267,15 @@ class _ReadsOutside(TorchFunctionMode):
 
 
 @contextmanager
-def _quiet_fakes() -> Iterator[None]:
-    """Fake tensors log every failure with its traceback, also the ones that are handled or reported here."""
+def _quietly() -> Iterator[None]:
+    """Fake tensors log every failure, also those handled here, and what a model warns of is for its real runs."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)
 
@@ -272,7 +290,9 @@ def _does_not_run(model: nn.Module, inputs: Sequence[Any], error: Exception) -> 
         needed = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind in _POSITIONAL]
     except (TypeError, ValueError):  # a forward made in C++ has no signature
         needed = []
-    if len(needed) > len(inputs):
+    if type(model).__module__.startswith("torchvision.models.detection"):
+        lines.append("detection models take a list of images: pass example_inputs=([image, ...],), each (C, H, W)")
+    elif len(needed) > len(inputs):
         lines.append(f"its forward takes {', '.join(needed)}: pass example_inputs=({', '.join(needed)})")
     else:
         lines.append("pass example_inputs= with what its forward takes")
@@ -289,10 +309,11 @@ def _sizes(model: nn.Module, inputs: Sequence[Any]) -> list[str]:
     if not isinstance(cfg, Mapping) or not given or given[0].dim() < 3:
         return []
     size = tuple(given[0].shape[-2:])
-    if cfg.get("fixed_input_size") and size != tuple(cfg["input_size"][1:]):
-        height, width = cfg["input_size"][1:]
-        return [f"it takes {height}x{width} images only; create it with img_size={size[-1]} for another size"]
+    lines = []
     least = cfg.get("min_input_size")
     if least and (size[0] < least[1] or size[1] < least[2]):
-        return [f"the smallest image it takes is {least[1]}x{least[2]}"]
-    return []
+        lines.append(f"the smallest image it takes is {least[1]}x{least[2]}")
+    if cfg.get("fixed_input_size") and size != tuple(cfg["input_size"][1:]):
+        height, width = cfg["input_size"][1:]
+        lines.append(f"it was built for {height}x{width} images; create it with img_size= for another size")
+    return lines

@@ -113,8 +113,8 @@ def _add_regions(module: nn.Module, name: str, found: list[Region], failures: li
     try:
         region = Region(name, trace(module))
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        failures.append(reason[0] if reason else type(error).__name__)
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        failures.append(reason[0].partition(". ")[0])
         inside: Sequence[tuple[str, nn.Module]] = list(module.named_children())
     else:
         found.append(region)
