@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from convsurgery.cli.coverage import coverage
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -45,7 +47,7 @@ def build() -> typer.Typer:
         rich_markup_mode=None,
     )
     app.callback()(_root)
-    for command in (plan, convert, _finetune_command(), export, verify, ops, demo, bench):
+    for command in (plan, convert, _finetune_command(), export, verify, ops, demo, bench, coverage):
         app.command()(command)
     return app
 

@@ -8,7 +8,6 @@ model has none.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 import logging
@@ -34,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from convsurgery.errors import ModelError
-from convsurgery.graph.copying import computed_attributes, copy_model
+from convsurgery.graph.copying import computed_attributes, copy_model, copy_modules
 
 __all__ = ["Call", "Run", "is_scripted_conv", "run", "tensors"]
 
@@ -120,7 +119,7 @@ def _skeleton(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn.Modul
         if not is_lazy(tensor):
             memo[id(tensor)] = replace(tensor)
     try:
-        return copy.deepcopy(model, memo).eval()
+        return copy_modules(model, memo).eval()
     except Exception as error:
         raise ModelError(f"the model cannot be copied, so it cannot be planned: {error}") from error
 
