@@ -14,8 +14,8 @@ from convsurgery.errors import ModelError
 __all__ = ["FastInit", "build", "family_of", "smallest_inputs"]
 
 _LADDER = (32, 64, 96, 128, 160, 192, 224, 256)
-#: sizes tried for models that are bound to one and are too large for their own
-_BOUND_LADDER = (56, 64, 96, 112, 128, 168, 196, 224)
+#: sizes that models bound to one are built for instead, where they can be
+_BOUND_LADDER = (56, 64, 96, 112, 128, 168, 196)
 LARGE = 200_000_000
 
 
@@ -82,7 +82,7 @@ def smallest_inputs(name: str, model: nn.Module, params: int) -> tuple[int | Non
     batch = 1 if params > LARGE else 2
     cfg = getattr(model, "pretrained_cfg", None) or {}
     if cfg.get("fixed_input_size"):
-        bound = _bound_size(name, params)
+        bound = _bound_size(name)
         if bound is not None:
             return bound, (torch.rand(batch, zoo.input_size(model)[0], bound, bound),)
         return None, _random(zoo.example_inputs(model, batch=batch))
@@ -93,10 +93,8 @@ def smallest_inputs(name: str, model: nn.Module, params: int) -> tuple[int | Non
     return None, _random(zoo.example_inputs(model, batch=batch))
 
 
-def _bound_size(name: str, params: int) -> int | None:
-    """A smaller size to build a large model for, where its architecture has one."""
-    if params <= LARGE:
-        return None
+def _bound_size(name: str) -> int | None:
+    """A smaller size to build a model for that is bound to one, where its architecture has one."""
     for size in _BOUND_LADDER:
         try:
             model = zoo.create_model(name, device="meta", img_size=size)

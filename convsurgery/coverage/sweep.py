@@ -196,7 +196,6 @@ def _serve(pipe: Connection, checks: tuple[str, ...], max_params: float, alone: 
     warnings.simplefilter("ignore")  # of the models' making
     while True:
         try:
-            name = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
+            pipe.send(measure(pipe.recv(), checks, max_params, alone).to_json())
+        except (EOFError, BrokenPipeError, KeyboardInterrupt):  # the sweep is over
             return
-        pipe.send(measure(name, checks, max_params, alone).to_json())

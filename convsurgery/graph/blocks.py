@@ -204,8 +204,6 @@ class _Finder:
         if not owner:
             return "its layers belong to the model's own forward, and rewriting that would change the model's class"
         module = self.modules[owner]
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-            return f"{owner} carries hooks, which a rewritten forward would lose"
         if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             return f"{owner} is a {type(module).__name__}, which other code may index"
         return None

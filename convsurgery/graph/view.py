@@ -63,8 +63,12 @@ _SAME = {
     "relu_": F.relu,
     torch.sigmoid: F.sigmoid,
     "sigmoid": F.sigmoid,
+    torch.sigmoid_: F.sigmoid,
+    "sigmoid_": F.sigmoid,
     torch.tanh: F.tanh,
     "tanh": F.tanh,
+    torch.tanh_: F.tanh,
+    "tanh_": F.tanh,
     torch.flatten: "flatten",
 }
 

@@ -161,6 +161,8 @@ class _Decision:
         more = [f"  … and {len(shown) - 5} more"] if len(shown) > 5 else []
         hint = "near misses:\n" + "\n".join(shown[:5] + more) if shown else "nothing in the model looks like it"
         structural = all(rule.selector.structural for rule in self.rules)
+        if structural and self.seen.seen != "FX and hooks":
+            hint += f"\npatterns are found where FX traces; the model was seen by {self.seen.seen}"
         message = "no part of the model matches" if structural else "no convolution matches"
         return NoMatchError(message, str(self.rules), 0, len(str(self.rules)), hint=hint)
 
