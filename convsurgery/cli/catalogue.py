@@ -28,6 +28,7 @@ def catalogue() -> dict[str, Any]:
                 "source": cls.source,
                 "arguments": arguments,
                 "starts": dict(cls.starts),
+                "patterns": list(cls.patterns),
                 "onnx": cls.onnx.op_type if cls.onnx else None,
             }
         )
@@ -55,10 +56,10 @@ def catalogue_text(width: int = 80) -> str:
         starts = ", ".join(f"{name} ({kept})" for name, kept in item["starts"].items())
         operators.add_row(item["name"], item["formula"], arguments or "–", starts)
     places = table("place", "which convolutions")
+    patterns = table("pattern", "which layers")
     for item in data["places"]:
-        if item["kind"] == "site":
-            places.add_row(item["name"], item["summary"])
+        (places if item["kind"] == "site" else patterns).add_row(item["name"], item["summary"])
     tests = table("test", "on", "example")
     for item in data["tests"]:
         tests.add_row(item["name"], item["summary"], item["example"])
-    return render(operators, "", places, "", tests, width=width)
+    return render(operators, "", places, "", patterns, "", tests, width=width)

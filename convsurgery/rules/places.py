@@ -108,11 +108,11 @@ for _place in (
     SelectorPlace("conv", "every convolution; reads better with tests, as in conv[k=3]", match=_any),
     SelectorPlace("depthwise", "convolutions with one group per input channel", match=_depthwise),
     SelectorPlace("pointwise", "1x1 convolutions", match=_pointwise),
-    SelectorPlace("conv-bn", "a convolution and its batch normalisation", "structure"),
-    SelectorPlace("conv-bn-act", "a convolution, its batch normalisation and its activation", "structure"),
-    SelectorPlace("conv-act", "a convolution and its activation", "structure"),
-    SelectorPlace("residual", "a block with a shortcut around it", "structure"),
-    SelectorPlace("depthwise-separable", "a depthwise convolution followed by a pointwise one", "structure"),
-    SelectorPlace("bottleneck", "1x1, kxk and 1x1 convolutions in a row", "structure"),
+    SelectorPlace("conv-bn", "a convolution and the BatchNorm that alone consumes its output", "structure"),
+    SelectorPlace("conv-bn-act", "these two and the activation behind", "structure"),
+    SelectorPlace("conv-act", "a convolution and the activation that alone consumes its output", "structure"),
+    SelectorPlace("residual", "everything between y and y + F(y), the sum included", "structure"),
+    SelectorPlace("depthwise-separable", "a depthwise convolution over a window, then a pointwise one", "structure"),
+    SelectorPlace("bottleneck", "a 1x1, a kxk and a 1x1 convolution in a row", "structure"),
 ):
     register_selector(_place)

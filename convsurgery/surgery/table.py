@@ -155,7 +155,7 @@ def render(*parts: object, width: int = WIDTH) -> str:
     from rich.text import Text
 
     stream = io.StringIO()
-    console = Console(file=stream, width=width, color_system=None, legacy_windows=False)
+    console = Console(file=stream, width=width, color_system=None, legacy_windows=False, markup=False, highlight=False)
     for part in parts:
         console.print(Text(part) if isinstance(part, str) else part)
     return "\n".join(line.rstrip() for line in stream.getvalue().rstrip().splitlines())
