@@ -112,10 +112,10 @@ def mischief(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("mischief")
 def test_architectures_that_misbehave_cost_a_row_each(tmp_path: Path) -> None:
     names = ["mischief_dies", "mischief_hangs", "mischief_breaks", SMALL]
-    rows = sweep(names, tmp_path / "rows.jsonl", checks=["plan"], processes=1, timeout=45)
+    rows = sweep(names, tmp_path / "rows.jsonl", checks=["plan"], processes=1, timeout=30)
     errors = [row.error and (row.error["type"], row.error["text"]) for row in rows]
     assert errors[0] == ("WorkerDied", "the process ended by exit code 7, perhaps for want of memory")
-    assert errors[1] == ("Timeout", "not done after 45 s")
+    assert errors[1] == ("Timeout", "not done after 30 s")
     assert errors[2] == ("ModelError", "mischief_breaks cannot be built: no such luck")
     assert errors[3] is None
     assert rows[3].planned == rows[3].convolutions > 0

@@ -237,3 +237,23 @@ def test_mobilenet_with_every_operator(tmp_path: Path) -> None:
     assert parity.error < 1e-4
     operators = {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node if node.domain == DOMAIN}
     assert operators == {"GaussKervolution2d", "L2Kervolution2d", "PolyKervolution2d", "SigmoidKervolution2d"}
+
+
+def test_a_detector_is_refused_and_its_backbone_exported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    detector = cs.create_model("torchvision/fasterrcnn_mobilenet_v3_large_320_fpn", num_classes=3)
+    new = cs.convert(detector, "first-conv->kerv-poly")
+    with pytest.raises(ExportError, match=r"how many boxes they return depends on values.*export_onnx\(model.backbone"):
+        cs.export_onnx(new, tmp_path / "detector.onnx")
+    assert not list(tmp_path.iterdir())
+    parity = cs.export_onnx(new.backbone, tmp_path / "backbone.onnx", example_inputs=torch.rand(2, 3, 64, 64))
+    assert parity.error < 1e-5
+    file = onnx.load(tmp_path / "backbone.onnx")
+    assert [node.op_type for node in file.graph.node if node.domain == DOMAIN] == ["PolyKervolution2d"]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("rule", ["all-conv->kerv-poly", "conv-bn->fused", "first-conv->kerv-l2; conv-bn->fused"])
+def test_same_padding_survives_the_export(rule: str, tmp_path: Path) -> None:
+    model = cs.create_model("tf_mobilenetv3_small_minimal_100", num_classes=5, img_size=49)
+    new = cs.convert(model, rule)
+    assert cs.export_onnx(new, tmp_path / "model.onnx", example_inputs=torch.rand(2, 3, 49, 49)).error < 1e-4

@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import NestedGraphNet
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -472,3 +473,26 @@ def test_a_plan_for_another_model_is_refused() -> None:
 def test_a_model_that_does_not_trace_says_so(image: Tensor) -> None:
     model = Net(lambda m, x: m.conv(x) + x if x.shape[0] > 1 else x, conv=conv())
     assert "patterns are found where FX traces; the model was seen by hooks alone" in misses(model, "residual", image)
+
+
+def test_patterns_inside_a_nested_graph_module(image: Tensor) -> None:
+    model = settle(NestedGraphNet())
+    image = torch.randn(2, 3, 12, 12)
+    assert edits(model, "conv-bn-act->block", image) == ["graph.0 … graph.2"]
+    new = cs.convert(model, "conv-bn-act->block", example_inputs=image)
+    assert torch.equal(new(image), model(image))
+    folded = cs.convert(model, "conv-bn->fused", example_inputs=image)
+    torch.testing.assert_close(folded(image), model(image), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", [f"{pattern}->block" for pattern in PATTERNS])
+def test_hazards_stay_what_they_are(hazard: nn.Module, rule: str) -> None:
+    """Whatever a pattern finds in them, or does not."""
+    image = torch.randn(2, 3, 12, 12)
+    wanted = hazard.eval()(image)
+    try:
+        new = cs.convert(hazard, rule, example_inputs=image)
+    except (NoMatchError, ConversionError):
+        assert torch.equal(hazard(image), wanted)
+        return
+    assert torch.equal(new(image), wanted)

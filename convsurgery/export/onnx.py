@@ -83,6 +83,11 @@ def export_onnx(
             f"export wants a float32 model, this one holds {', '.join(reduced)}: call model.float() first"
         )
     original = unwrap(model)
+    if zoo.input_kind(original) == "detection":
+        raise ExportError(
+            "detection models are not exported: how many boxes they return depends on values. Export the part that "
+            "computes features: export_onnx(model.backbone, ..., example_inputs=images)"
+        )
     inputs = _inputs(original, example_inputs, dynamic_batch)
     fused = fuse(original).cpu()
     proto = _translate(fused, inputs, wanted, dynamic_batch)
@@ -116,7 +121,9 @@ def _quiet() -> Iterator[None]:
     """The exporter reports its own progress; ours is the result."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    # On a failure torch prints the whole graph.
+    sink = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)

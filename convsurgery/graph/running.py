@@ -289,7 +289,7 @@ def _does_not_run(model: nn.Module, inputs: Sequence[Any], error: Exception) -> 
         needed = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind in _POSITIONAL]
     except (TypeError, ValueError):  # a forward made in C++ has no signature
         needed = []
-    if type(model).__module__.startswith("torchvision.models.detection"):
+    if type(model).__module__.startswith("torchvision.models.detection") and hasattr(model, "transform"):
         lines.append("detection models take a list of images: pass example_inputs=([image, ...],), each (C, H, W)")
     elif len(needed) > len(inputs):
         lines.append(f"its forward takes {', '.join(needed)}: pass example_inputs=({', '.join(needed)})")

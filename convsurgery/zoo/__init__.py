@@ -3,7 +3,7 @@
 from convsurgery.zoo.build import create_model
 from convsurgery.zoo.checkpoint import load_checkpoint
 from convsurgery.zoo.identify import identify
-from convsurgery.zoo.inputs import example_inputs
+from convsurgery.zoo.inputs import example_inputs, input_kind
 from convsurgery.zoo.names import Base, list_models
 from convsurgery.zoo.sizes import input_size, set_input_size
 
@@ -12,6 +12,7 @@ __all__ = [
     "create_model",
     "example_inputs",
     "identify",
+    "input_kind",
     "input_size",
     "list_models",
     "load_checkpoint",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from convsurgery.zoo.sizes import input_size
 
-__all__ = ["example_inputs"]
+__all__ = ["example_inputs", "input_kind"]
 
 #: frames of a clip: torchvision's video models were trained on 16 or more
 FRAMES = 16
@@ -43,7 +43,7 @@ def example_inputs(
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    kind = _kind(model)
+    kind = input_kind(model)
     channels, height, width = input_size(model)
     if kind == "optical_flow":
         height, width = size or FLOW_SIZE
@@ -57,10 +57,12 @@ def example_inputs(
     return (zeros(batch, channels, height, width),)
 
 
-def _kind(model: nn.Module) -> str:
-    """The folder of torchvision that a model's class comes from: "detection", "video", ..., or ""."""
+def input_kind(model: nn.Module) -> str:
+    """What a torchvision model is fed: "detection", "video" or "optical_flow"; "" for images, and for other models."""
     parts = type(model).__module__.split(".")
-    return parts[2] if parts[:2] == ["torchvision", "models"] and len(parts) > 3 else ""
+    kind = parts[2] if parts[:2] == ["torchvision", "models"] and len(parts) > 3 else ""
+    # The backbones of detectors live there too, and take images.
+    return kind if kind in ("video", "optical_flow") or (kind == "detection" and hasattr(model, "transform")) else ""
 
 
 def _detection_size(model: nn.Module) -> tuple[int, int] | None:
