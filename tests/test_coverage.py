@@ -37,7 +37,7 @@ def test_hard_architectures_are_listed_and_stay_what_they_are(sample: list[Row])
             assert row.converted == row.planned, row.name
 
 
-def test_planning_takes_no_longer_than_twice_a_trace_would_be_told(sample: list[Row]) -> None:
+def test_the_summary_fits_a_terminal(sample: list[Row]) -> None:
     text = summary_text(sample)
     assert "time to plan to timm's FX trace, median" in text
     assert "no row needs an explanation" in text

@@ -328,6 +328,13 @@ def test_an_owner_with_hooks_keeps_them(image: Tensor) -> None:
     assert seen == [1]
 
 
+def test_layers_with_hooks_are_not_taken_away(image: Tensor) -> None:
+    model = nn.Sequential(conv(), nn.BatchNorm2d(3))
+    model[1].register_forward_hook(lambda *_: None)
+    plan = cs.plan(model, "conv-bn->fused", example_inputs=image)
+    assert [e.reason for e in plan.skips] == ["1 carries hooks; remove them, convert, and register them again"]
+
+
 # --- folding
 
 

@@ -122,6 +122,9 @@ class _Finder:
         nodes = self._again(block)
         if isinstance(nodes, str):
             return Candidate(first, block, nodes)
+        hooked = next((member for member in members if _has_hooks(self.modules[member])), None)
+        if hooked is not None:
+            return Candidate(first, block, f"{hooked} carries hooks; remove them, convert, and register them again")
         if chain:
             return Candidate(first, block, None)
         fields = {**vars(block), "nodes": nodes}
@@ -207,6 +210,13 @@ class _Finder:
         if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             return f"{owner} is a {type(module).__name__}, which other code may index"
         return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        for part in module.modules()
+    )
 
 
 def _code(view: View) -> str:
