@@ -13,7 +13,7 @@ __all__ = ["coverage"]
 def coverage(
     patterns: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PATTERN]...", help="Shell patterns: 'resnet*', 'torchvision/*'; all without one."),
+        typer.Argument(metavar="PATTERN", help="Shell patterns: 'resnet*', 'torchvision/*'; all without one."),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="File of JSON lines, one each; resumed.")] = Path(
         "coverage.jsonl"
