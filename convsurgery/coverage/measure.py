@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from convsurgery import api
+from convsurgery import api, zoo
 from convsurgery.coverage.row import Row, versions
-from convsurgery.coverage.subject import LARGE, build, family_of, smallest_inputs
+from convsurgery.coverage.subject import LARGE, build, family_of, normalised, pictures, smallest_inputs
 from convsurgery.surgery import Plan, apply_
 
 __all__ = ["measure"]
@@ -98,7 +97,12 @@ def _converted(name: str, size: int | None, inputs: Any, checks: Sequence[str], 
     torch.manual_seed(0)
     values["stage"] = "build with weights"
     model = build(name, img_size=size)
-    _settle(model, inputs, values["params"])
+    if size is not None and not _takes(model, inputs):
+        # Without values an index out of bounds goes unseen: a smaller size was found legal that is not.
+        model = build(name)
+        inputs = tuple(pictures(x.shape) for x in zoo.example_inputs(model, batch=2))
+        values["input"] = tuple(tuple(x.shape) for x in inputs)
+    settled = _settle(model, inputs, values["params"])
     values["stage"] = "null"
     calls: list[str] = []
     with _watched(model, calls):
@@ -118,6 +122,9 @@ def _converted(name: str, size: int | None, inputs: Any, checks: Sequence[str], 
         again, _ = _train_forward(model, inputs, values["params"])
         values["train_equal"] = values["train_equal"] and again is not None and _equal(trained, again)
     if "poly" in checks:
+        if settled:
+            nearby = tuple(x * (1 + 1e-4 * torch.randn_like(x)) for x in inputs)
+            values["sensitivity"] = _error(before, _forward(model, nearby))
         values["stage"] = "poly"
         plan = api.plan(model, POLY, example_inputs=inputs)
         values["kept"] = dict(Counter(str(entry.reason) for entry in plan.skips))
@@ -126,23 +133,36 @@ def _converted(name: str, size: int | None, inputs: Any, checks: Sequence[str], 
         _compare(before, _forward(model, inputs), values)
 
 
-def _settle(model: nn.Module, inputs: Any, params: int) -> None:
-    """Set BatchNorm statistics to those of random images: values have the size they have in a trained network then."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+def _takes(model: nn.Module, inputs: Any) -> bool:
+    try:
+        _forward(model, inputs)
+    except (IndexError, RuntimeError):
+        return False
+    return True
+
+
+def _settle(model: nn.Module, inputs: Any, params: int) -> bool:
+    """Set BatchNorm statistics to those of random images: values have the size they have in a trained network then.
+
+    Returns:
+        Whether there were any to set, and they could be.
+    """
+    norms = normalised(model)
     if not norms or params > LARGE or any(isinstance(argument, list) for argument in inputs):
-        return
-    images = tuple(torch.rand(8, *argument.shape[1:]) for argument in inputs)
+        return False
+    images = tuple(pictures((16, *argument.shape[1:])) for argument in inputs)
     momenta = [norm.momentum for norm in norms]
     try:
         for norm in norms:
             norm.momentum = 1.0
         _forward(model.train(), images)
     except Exception:  # one value per channel is too few for a train mode; the model then stays as it was drawn
-        return
+        return False
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         model.eval()
+    return True
 
 
 def _forward(model: nn.Module, inputs: Any) -> Any:
@@ -222,11 +242,17 @@ def _compare(before: Any, after: Any, values: dict[str, Any]) -> None:
     values["poly_finite"] = all(bool(x.isfinite().all()) for x in _floats(after))
     if isinstance(before, list) and before and isinstance(before[0], dict):
         return  # a detector picks boxes: two lists of them cannot be subtracted
+    if values["poly_finite"]:
+        values["relative_error"] = _error(before, after)
+    if isinstance(before, Tensor) and before.dim() == 2:
+        values["top1_kept"] = bool((before.argmax(1) == after.argmax(1)).all())
+
+
+def _error(before: Any, after: Any) -> float | None:
+    """The largest difference of the outputs, relative to their largest value; None where they cannot be compared."""
     pairs = list(zip(_floats(before), _floats(after), strict=False))
     shaped = [(a, b) for a, b in pairs if a.shape == b.shape and a.numel()]
     largest = max((float(a.abs().max()) for a, _ in shaped), default=0.0)
-    if largest > 0 and len(shaped) == len(pairs) and values["poly_finite"]:
-        worst = max(float((a - b).abs().max()) for a, b in shaped)
-        values["relative_error"] = worst / largest
-    if isinstance(before, Tensor) and before.dim() == 2:
-        values["top1_kept"] = bool((before.argmax(1) == after.argmax(1)).all())
+    if not largest > 0 or len(shaped) < len(pairs):
+        return None
+    return max(float((a - b).abs().max()) for a, b in shaped) / largest

@@ -108,10 +108,14 @@ def table_markdown(rows: Sequence[Row]) -> str:
         out += ["", "Where kerv-poly cannot stand: " + "; ".join(f"{k} ({n})" for k, n in kept.most_common()) + "."]
     worst = sorted((r for r in rows if (r.relative_error or 0) > 0.01), key=lambda r: -(r.relative_error or 0))
     if worst:
-        shown = ", ".join(f"{row.name} {row.relative_error:.2g}" for row in worst[:20])
+        shown = ", ".join(
+            f"{row.name} {row.relative_error:.2g}" + (f" ({row.sensitivity:.2g})" if row.sensitivity else "")
+            for row in worst[:20]
+        )
         out += [
             "",
-            f"Relative error above 1 % under kerv-poly: {len(worst)} architectures, the largest first {shown}.",
+            f"Relative error above 1 % under kerv-poly: {len(worst)} architectures, the largest first {shown}. "
+            "In brackets the error of the unconverted model when its input is off by 1e-4.",
         ]
     broken = [row.name for row in rows if row.poly_finite is False and row.finite]
     if broken:

@@ -47,6 +47,8 @@ class Row:
         converted: replaced under ``all-conv->kerv-poly``, ``kept`` the reasons for the others.
         poly_finite: whether the outputs then hold no NaN and no infinity.
         relative_error: of the outputs then, to their largest value; not for detectors. ``top1_kept`` for classifiers.
+        sensitivity: for comparison, the same error of the unconverted model when every input value is off by 1e-4 of
+            itself; of models with BatchNorm.
         seconds: for everything.
         error: stage, type and first line of what went wrong; None when nothing did.
     """
@@ -77,6 +79,7 @@ class Row:
     poly_finite: bool | None = None
     relative_error: float | None = None
     top1_kept: bool | None = None
+    sensitivity: float | None = None
     seconds: float = 0.0
     error: Mapping[str, str] | None = None
 

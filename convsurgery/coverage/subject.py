@@ -5,15 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from convsurgery import zoo
 from convsurgery.errors import ModelError
 
-__all__ = ["FastInit", "build", "family_of", "smallest_inputs"]
+__all__ = ["FastInit", "build", "family_of", "normalised", "pictures", "smallest_inputs"]
 
 _LADDER = (32, 64, 96, 128, 160, 192, 224, 256)
+#: Models with BatchNorm get no less: maps of one pixel have no variance to normalise by.
+_LEAST_NORMALISED = 128
 #: sizes that models bound to one are built for instead, where they can be
 _BOUND_LADDER = (56, 64, 96, 112, 128, 168, 196)
 LARGE = 200_000_000
@@ -86,7 +90,8 @@ def smallest_inputs(name: str, model: nn.Module, params: int) -> tuple[int | Non
         if bound is not None:
             return bound, (torch.rand(batch, zoo.input_size(model)[0], bound, bound),)
         return None, _random(zoo.example_inputs(model, batch=batch))
-    for size in _LADDER:
+    least = _LEAST_NORMALISED if normalised(model) else 0
+    for size in (size for size in _LADDER if size >= least):
         inputs = zoo.example_inputs(model, batch=batch, size=(size, size))
         if _runs(model, inputs):
             return None, _random(inputs)
@@ -114,5 +119,26 @@ def _runs(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
     return all(leaf.numel() > 0 for leaf in torch.utils._pytree.tree_leaves(out) if isinstance(leaf, Tensor))
 
 
+def normalised(model: nn.Module) -> list[_BatchNorm]:
+    """Its BatchNorm layers that keep statistics."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+
+
 def _random(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(torch.rand(x.shape) for x in inputs)
+    return tuple(pictures(x.shape) for x in inputs)
+
+
+def pictures(shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Random images that differ as pictures do, in large and small structures and in contrast.
+
+    White noise will not do: to the later layers all of it looks alike, and BatchNorm would blow up what is left.
+    """
+    if len(shape) != 4:
+        return torch.rand(shape)
+    images = torch.zeros(shape)
+    size = 1
+    while size <= min(shape[2:]):
+        coarse = torch.randn(*shape[:2], size, size)
+        images += F.interpolate(coarse, shape[2:], mode="bilinear", align_corners=False)
+        size *= 2
+    return images * (1.5 * torch.rand(shape[0], 1, 1, 1)).exp()
