@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from convsurgery.adapters import Adapter as Adapter
     from convsurgery.adapters import register_adapter as register_adapter
     from convsurgery.api import apply as apply
-    from convsurgery.api import calibrate_affine as calibrate_affine
+    from convsurgery.api import calibrate as calibrate
     from convsurgery.api import convert as convert
     from convsurgery.api import convert_ as convert_
     from convsurgery.api import create_model as create_model
@@ -48,7 +48,10 @@ if TYPE_CHECKING:
     from convsurgery.operators import KervLinear as KervLinear
     from convsurgery.operators import KervPoly as KervPoly
     from convsurgery.operators import KervSigmoid as KervSigmoid
+    from convsurgery.operators import Lbc as Lbc
     from convsurgery.operators import OperatorConfig as OperatorConfig
+    from convsurgery.operators import OperatorLayer as OperatorLayer
+    from convsurgery.operators import Pnn as Pnn
     from convsurgery.operators import register_operator as register_operator
     from convsurgery.rules import parse as parse
     from convsurgery.surgery import Plan as Plan
@@ -59,7 +62,7 @@ _LAZY = {
     **dict.fromkeys(
         (
             "apply",
-            "calibrate_affine",
+            "calibrate",
             "convert",
             "convert_",
             "create_model",
@@ -90,7 +93,10 @@ _LAZY = {
             "KervLinear",
             "KervPoly",
             "KervSigmoid",
+            "Lbc",
             "OperatorConfig",
+            "OperatorLayer",
+            "Pnn",
             "register_operator",
         ),
         "convsurgery.operators",

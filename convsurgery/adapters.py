@@ -159,6 +159,10 @@ class _Padded(_Adapted):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         return super().forward(pad_same(input, *self._window), *args, **kwargs)
 
+    def prepared(self, input: Tensor) -> Tensor:
+        """What the operator itself is given."""
+        return pad_same(input, *self._window)
+
 
 class _Weighted(_Adapted):
     """Reading ``weight`` gives the effective one; the Parameter of that name is the stored one."""

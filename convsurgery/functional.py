@@ -1,5 +1,16 @@
 """The functional forms of all operators, in the manner of ``torch.nn.functional``."""
 
 from convsurgery.operators.kervolution import kerv_gauss, kerv_l1, kerv_l2, kerv_linear, kerv_poly, kerv_sigmoid
+from convsurgery.operators.lbc import local_binary_conv
+from convsurgery.operators.perturbation import perturbation
 
-__all__ = ["kerv_gauss", "kerv_l1", "kerv_l2", "kerv_linear", "kerv_poly", "kerv_sigmoid"]
+__all__ = [
+    "kerv_gauss",
+    "kerv_l1",
+    "kerv_l2",
+    "kerv_linear",
+    "kerv_poly",
+    "kerv_sigmoid",
+    "local_binary_conv",
+    "perturbation",
+]

@@ -5,10 +5,12 @@ Slow and hungry on purpose; no test may take its expected values from anywhere e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from timm.layers import get_act_fn
 from torch import Tensor, nn
 
 #: κ(x, w, h): windows x (N, g, 1, P, L) and filters w (1, g, C_out/g, P, 1), hyperparameter h broadcasting over
@@ -94,3 +96,77 @@ def error(got: Tensor, wanted: Tensor) -> float:
     assert got.shape == wanted.shape, f"shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
     difference = (got.detach().double() - wanted.detach().double()).abs().max()
     return float(difference / wanted.detach().abs().max())
+
+
+def lay_out(layer: nn.Module, size: tuple[int, int]) -> list[tuple[list[list[int]], list[list[int]]]]:
+    """For rows and columns: the padded image's pixels behind each output of a perturbation layer, and their masks.
+
+    A window of as many pixels as the stride, but no more than the convolution's, its middle under the convolution's
+    middle; half a pixel goes to whichever side begins nearer to pixel 0.
+    """
+    found = []
+    for i in (0, 1):
+        k, s, d = layer.kernel_size[i], layer.stride[i], layer.dilation[i]
+        reach = d * (k - 1)
+        if layer.padding == "same":
+            before, after = reach // 2, reach - reach // 2
+        else:
+            before = after = 0 if layer.padding == "valid" else layer.padding[i]
+        outputs = (size[i] + before + after - reach - 1) // s + 1
+        window = min(s, reach + 1)
+        middle = reach / 2 - before  # of the first window, in pixels of the image
+        first = middle - (window - 1) / 2
+        start = min((math.floor(first), math.ceil(first)), key=abs)
+        pixels = [[start + o * s + u + before for u in range(window)] for o in range(outputs)]
+        places = [[o if window == 1 else o * s + u for u in range(window)] for o in range(outputs)]
+        found.append((pixels, places))
+    return found
+
+
+def perturb(layer: nn.Module, x: Tensor) -> Tensor:
+    """``Σ V·act(N + x) + b`` of a perturbation layer, each output from its own pixels."""
+    if x.dim() == 3:
+        return perturb(layer, x.unsqueeze(0)).squeeze(0)
+    x = x.detach().double()
+    if layer.padding == "same":
+        reach = [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+        pads = [reach[1] // 2, reach[1] - reach[1] // 2, reach[0] // 2, reach[0] - reach[0] // 2]
+    else:
+        both = (0, 0) if layer.padding == "valid" else layer.padding
+        pads = [both[1], both[1], both[0], both[0]]
+    padded = F.pad(x, pads, "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    (rows, row_places), (columns, column_places) = lay_out(layer, (x.shape[2], x.shape[3]))
+    pixels = padded[:, :, torch.tensor(rows)][..., torch.tensor(columns)]  # (N, C, OH, wh, OW, ww)
+    z = pixels.unsqueeze(2)
+    masks = layer.masks
+    if masks is not None:
+        masks = masks.detach().double()
+        wanted = [max(max(place) for place in places) + 1 for places in (row_places, column_places)]
+        nearest = [
+            torch.tensor([int((p + 0.5) * have / want) for p in range(want)])
+            for have, want in zip(masks.shape[2:], wanted, strict=True)
+        ]
+        masks = masks[:, :, nearest[0]][..., nearest[1]]
+        masks = masks[:, :, torch.tensor(row_places)][..., torch.tensor(column_places)]
+        z = z + masks
+    a = get_act_fn(layer.act)(z) if layer.act != "identity" else z
+    if layer.centered and masks is not None:
+        a = a - masks
+    a = a.flatten(1, 2).unflatten(1, (layer.groups, -1))
+    mix = layer.weight.detach().double().flatten(1).unflatten(0, (layer.groups, -1))
+    y = torch.einsum("gok,ngkhuwv->ngohuwv", mix, a).flatten(1, 2)
+    y = y.amax((3, 5)) if layer.pool == "max" else y.mean((3, 5))
+    return y if layer.bias is None else y + layer.bias.detach().double().view(-1, 1, 1)
+
+
+def local_binary(layer: nn.Module, x: Tensor) -> Tensor:
+    """``Σ W·act(b ∗ x) + bias``, by the patch matrix."""
+    if x.dim() == 3:
+        return local_binary(layer, x.unsqueeze(0)).squeeze(0)
+    columns, (height, width) = patches(x.detach().double(), layer)
+    windows = columns.unflatten(1, (layer.groups, -1))
+    filters = layer.filters.detach().double().flatten(1).unflatten(0, (layer.groups, -1))
+    maps = get_act_fn(layer.act)(torch.einsum("gmp,ngpl->ngml", filters, windows))
+    mix = layer.weight.detach().double().flatten(1).unflatten(0, (layer.groups, -1))
+    y = torch.einsum("gom,ngml->ngol", mix, maps).flatten(1, 2).unflatten(2, (height, width))
+    return y if layer.bias is None else y + layer.bias.detach().double().view(-1, 1, 1)

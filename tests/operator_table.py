@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import naive
 import torch
 from torch import Tensor, nn
 
-from convsurgery.operators import OperatorConfig, Start, bind, list_operators, operator
+from convsurgery.geometry import ConvGeometry, Site
+from convsurgery.operators import Built, OperatorConfig, Start, bind, list_operators, operator
 from convsurgery.rules import parse_target
 
 
@@ -198,6 +200,70 @@ TABLE = (
     ),
 )
 
+
+@dataclass(frozen=True)
+class MixRow:
+    """An operator that makes features of the image and mixes them by a learned 1x1 convolution.
+
+    Attributes:
+        rule: the target.
+        naive: what a layer of it has to compute, in float64.
+        op, op_type: of ``torch.ops.convsurgery``, and of the ONNX node.
+        float64, float32, bfloat16, float16, onnx: bounds on the error.
+        default: name of the start at a 3x3 convolution where there is no data.
+    """
+
+    rule: str
+    naive: Callable[[nn.Module, Tensor], Tensor]
+    op: str
+    op_type: str
+    float64: float = 5e-15
+    float32: float = 1e-6
+    bfloat16: float = 0.03
+    float16: float = 4e-3
+    onnx: float = 2e-6
+    default: str = "project"
+
+    @property
+    def config(self) -> OperatorConfig:
+        return bind(parse_target(self.rule))
+
+    def build(self, conv: nn.Conv2d, size: tuple[int, int], start: str | None = None) -> Built:
+        """What takes ``conv``'s place where images have ``size``."""
+        geometry, config = ConvGeometry.of(conv), self.config
+        shapes = (2, conv.in_channels, *size), (2, conv.out_channels, *geometry.output_size(*size))
+        site = Site(("conv",), 0, geometry, *shapes, positions=shapes[1][2] * shapes[1][3])
+        assert config.refuses(site) is None
+        begin = config.start_for(None if start is None else Start.parse(start), site)
+        return config.build(conv, begin, absorb=False, site=site)
+
+    def layer(self, conv: nn.Conv2d, size: tuple[int, int], start: str | None = None) -> nn.Module:
+        return self.build(conv, size, start).module
+
+    def __str__(self) -> str:
+        return self.rule
+
+
+def _pnn(rule: str, **bounds: Any) -> MixRow:
+    return MixRow(rule, naive.perturb, "perturbation2d", "Perturbation2d", **bounds)
+
+
+def _lbc(rule: str, **bounds: Any) -> MixRow:
+    return MixRow(rule, naive.local_binary, "local_binary_conv2d", "LocalBinaryConv2d", **bounds)
+
+
+MIXES = (
+    _pnn("pnn"),
+    _pnn("pnn(fanout=3, level=0.5)"),
+    _pnn("pnn(masks=8, noise=gaussian, shared=true, pool=avg)"),
+    _pnn("pnn(act=silu, seed=3, masks=fixed)"),
+    _pnn("pnn(fanout=2, act=gelu, trainable=true, pool=avg)"),
+    _pnn("pnn(noise=none)"),
+    _lbc("lbc"),
+    _lbc("lbc(filters=24, sparsity=0.9, seed=2)"),
+    _lbc("lbc(filters=12, sparsity=0, act=tanh)", default="random"),
+)
+
 #: all but the null operator
 KERVOLUTIONS = tuple(row for row in TABLE if row.kernel is not None)
 NEUTRAL = tuple(row for row in TABLE if row.neutral is not None)
@@ -210,7 +276,7 @@ def operators_without_row(names: Iterable[str]) -> list[str]:
     Operators for patterns have a table of their own in ``test_rewriting.py``.
     """
     ours = {n for n in names if operator(n).__module__.startswith("convsurgery.") and not operator(n).patterns}
-    return sorted(ours - {row.config.name for row in TABLE})
+    return sorted(ours - {row.config.name for row in (*TABLE, *MIXES)})
 
 
 if untested := operators_without_row(list_operators()):

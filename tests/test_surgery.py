@@ -630,7 +630,7 @@ def test_calibration_lowers_the_error_and_leaves_the_model(image: Tensor) -> Non
     assert error[fitted] < 0.01 * error[plain]
     assert error[fitted] < model.conv1(x).square().mean()
     assert_same_state(model, before)
-    left = cs.calibrate_affine(plain, x, teacher=model)
+    left = cs.calibrate(plain, x, teacher=model)
     assert set(left) == {"conv1"}
     assert 0 < left["conv1"] < 1
     assert torch.equal(plain.conv1.gain, fitted.conv1.gain)
@@ -646,8 +646,8 @@ def test_failing_calibration_leaves_an_in_place_model_as_it_was() -> None:
 def test_nothing_to_calibrate() -> None:
     model = timm.create_model("resnet18")
     new = cs.convert(model, "first-conv->kerv-poly")
-    with pytest.raises(ConversionError, match="no operator of this model started by copy"):
-        cs.calibrate_affine(new, torch.randn(1, 3, 64, 64), teacher=model)
+    with pytest.raises(ConversionError, match="no operator of this model started by fit or copy"):
+        cs.calibrate(new, torch.randn(1, 3, 64, 64), teacher=model)
 
 
 # --- fuse

@@ -9,20 +9,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from convsurgery.adapt.affine import fit_affine
     from convsurgery.adapt.config import FinetuneConfig
     from convsurgery.adapt.data import DataSplit, InputSpec, input_spec, list_datasets, load_data
     from convsurgery.adapt.evaluation import EvalResult, evaluate
     from convsurgery.adapt.finetuning import finetune
+    from convsurgery.adapt.fitting import fit_layers
     from convsurgery.adapt.losses import distillation_loss
     from convsurgery.adapt.results import EpochMetrics, FinetuneResult
 
 _MODULES = {
-    "fit_affine": "affine",
     "FinetuneConfig": "config",
     **dict.fromkeys(("DataSplit", "InputSpec", "input_spec", "list_datasets", "load_data"), "data"),
     **dict.fromkeys(("EvalResult", "evaluate"), "evaluation"),
     "finetune": "finetuning",
+    "fit_layers": "fitting",
     "distillation_loss": "losses",
     **dict.fromkeys(("EpochMetrics", "FinetuneResult"), "results"),
 }
@@ -37,7 +37,7 @@ __all__ = [
     "distillation_loss",
     "evaluate",
     "finetune",
-    "fit_affine",
+    "fit_layers",
     "input_spec",
     "list_datasets",
     "load_data",

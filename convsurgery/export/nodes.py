@@ -12,7 +12,7 @@ from onnxscript import values
 
 from convsurgery.errors import ExportError
 from convsurgery.operators import list_operators, operator
-from convsurgery.operators.onnx import CONV_ATTRIBUTES, DOMAIN, VERSION, NodeForm, OnnxFunction
+from convsurgery.operators.onnx import DOMAIN, VERSION, NodeForm, OnnxFunction
 
 __all__ = ["attach_functions", "custom_nodes", "translation_table"]
 
@@ -35,9 +35,10 @@ def _schema(function: OnnxFunction, optional: set[str]) -> defs.OpSchema:
         defs.OpSchema.FormalParameter(name, "T", param_option=kinds.Optional if name in optional else kinds.Single)
         for name in _inputs(function)
     ]
-    integers = [*function.attributes, CONV_ATTRIBUTES["groups"]]
-    lists = [name for name in CONV_ATTRIBUTES.values() if name not in integers]
+    integers = [*function.attributes, function.window["groups"]]
+    lists = [name for name in function.window.values() if name not in integers]
     attributes = [
+        *(defs.OpSchema.Attribute(name, defs.OpSchema.AttrType.STRING, "", required=True) for name in function.strings),
         *(defs.OpSchema.Attribute(name, defs.OpSchema.AttrType.INT, "", required=True) for name in integers),
         *(defs.OpSchema.Attribute(name, defs.OpSchema.AttrType.INTS, "", required=True) for name in lists),
     ]
@@ -68,11 +69,13 @@ def _translation(function: OnnxFunction) -> tuple[Any, Callable[..., Any]]:
         if given.get("scale") is not None:
             raise ExportError(f"{function.op_type} still has a scale; fuse() the model before exporting it")
         attributes: dict[str, Any] = {name: int(given[name]) for name in function.attributes}
-        for name, attribute in CONV_ATTRIBUTES.items():
+        attributes |= {name: str(given[name]) for name in function.strings}
+        for name, attribute in function.window.items():
             value = given[name]
             # torch's symmetric (vertical, horizontal) padding is begin and end of each axis in ONNX.
             attributes[attribute] = int(value) if name == "groups" else [int(v) for v in value]
-        attributes["pads"] = attributes["pads"] * 2
+        if "pads" in attributes:
+            attributes["pads"] = attributes["pads"] * 2
         return node(*(given.get(name) for name in function.inputs), **attributes)
 
     return op, translate
@@ -103,13 +106,14 @@ def attach_functions(model: onnx.ModelProto) -> None:
 
 def _form(function: OnnxFunction, node: onnx.NodeProto) -> NodeForm:
     attributes = {a.name: a.i for a in node.attribute if a.type == onnx.AttributeProto.INT}
+    words = {a.name: a.s.decode() for a in node.attribute if a.type == onnx.AttributeProto.STRING}
     names = _inputs(function)
-    return NodeForm(attributes, frozenset(name for name, value in zip(names, node.input, strict=False) if value))
+    return NodeForm(attributes, frozenset(name for name, value in zip(names, node.input, strict=False) if value), words)
 
 
 def _proto(function: OnnxFunction, form: NodeForm, overload: str, model: onnx.ModelProto) -> onnx.FunctionProto:
     standard = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
-    attributes = [*function.attributes, *CONV_ATTRIBUTES.values()]
+    attributes = [*function.attributes, *function.strings, *function.window.values()]
     lines = "\n".join(f"  {line}" for line in function.body(form))
     text = (
         f'<domain: "{DOMAIN}", opset_import: ["" : {standard}]>\n'

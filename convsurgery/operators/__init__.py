@@ -1,8 +1,9 @@
 """What can take a convolution's place. Importing this package registers all operators of the project."""
 
-from convsurgery.operators import block, conv, fused, kervolution
+from convsurgery.operators import block, conv, fused, kervolution, lbc, perturbation
 from convsurgery.operators.base import (
     Built,
+    Fitter,
     OperatorConfig,
     Start,
     bind,
@@ -15,11 +16,15 @@ from convsurgery.operators.block import Block
 from convsurgery.operators.conv import Conv
 from convsurgery.operators.fused import Fused
 from convsurgery.operators.kervolution import KervGauss, KervL1, KervL2, KervLinear, KervPoly, KervSigmoid
+from convsurgery.operators.layer import OperatorLayer
+from convsurgery.operators.lbc import Lbc
+from convsurgery.operators.perturbation import Pnn
 
 __all__ = [
     "Block",
     "Built",
     "Conv",
+    "Fitter",
     "Fused",
     "KervGauss",
     "KervL1",
@@ -27,15 +32,20 @@ __all__ = [
     "KervLinear",
     "KervPoly",
     "KervSigmoid",
+    "Lbc",
     "OperatorConfig",
+    "OperatorLayer",
+    "Pnn",
     "Start",
     "bind",
     "block",
     "conv",
     "fused",
     "kervolution",
+    "lbc",
     "list_operators",
     "operator",
     "option",
+    "perturbation",
     "register_operator",
 ]

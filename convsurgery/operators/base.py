@@ -11,19 +11,20 @@ import importlib.metadata
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from convsurgery.errors import ArgumentError, ConvSurgeryError, nearest
 from convsurgery.geometry import Block, Cost, Site
 from convsurgery.rules import Target
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from convsurgery.operators.onnx import OnnxFunction
 
 __all__ = [
     "Built",
+    "Fitter",
     "OperatorConfig",
     "Start",
     "bind",
@@ -59,7 +60,9 @@ def option(
     exclusive lower bound, ``choices`` further legal values outside ``kind``.
     """
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    metadata = {"help": help, "kinds": kinds, "least": least, "above": above, "choices": tuple(choices)}
+    # Where absence is the default, it need not be told as a choice.
+    told = tuple(choice for choice in choices if choice is not None or default is not None)
+    metadata = {"help": help, "kinds": kinds, "least": least, "above": above, "choices": tuple(choices), "told": told}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -72,7 +75,7 @@ def _legal(metadata: Mapping[str, Any]) -> str:
         if metadata["above"] is not None and kind is not bool:
             word += f" > {metadata['above']:g}"
         words.append(word)
-    words += [str(choice).lower() for choice in metadata["choices"] if choice is not None]
+    words += [str(choice).lower() for choice in metadata["told"]]
     return " or ".join(words)
 
 
@@ -97,21 +100,28 @@ def _accept(name: str, value: Any, metadata: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class Start:
-    """How a new operator begins from the convolution's weights: ``neutral(eps)``, ``copy`` or ``random``.
+    """How a new operator begins from the convolution: ``neutral(eps)``, ``copy``, ``fit``, ``project`` or ``random``.
 
     Attributes:
         name: the start's name.
-        value: its one number (``eps`` of neutral, ``seed`` of random), or None for the operator's default.
+        value: its one number (``eps`` of neutral, ``ridge`` of fit, ``seed`` of random), or None for the operator's
+            default.
     """
 
     name: str
     value: float | None = None
 
-    ARGUMENT: ClassVar[Mapping[str, str]] = {"neutral": "eps", "copy": "", "random": "seed"}
+    ARGUMENT: ClassVar[Mapping[str, str]] = {
+        "neutral": "eps",
+        "copy": "",
+        "fit": "ridge",
+        "project": "",
+        "random": "seed",
+    }
 
     @classmethod
     def parse(cls, text: str | Start) -> Start:
-        """Read ``neutral``, ``neutral(1e-3)``, ``neutral(eps=1e-3)``, ``copy``, ``random`` or ``random(seed=0)``."""
+        """Read ``neutral``, ``neutral(1e-3)``, ``neutral(eps=1e-3)``, ``fit(0.01)``, ``random(0)``, ..."""
         if isinstance(text, Start):
             return text
         found = re.fullmatch(r"\s*([\w-]+)\s*(?:\(\s*(?:(\w+)\s*=\s*)?([^()=\s]+)\s*\))?\s*", text)
@@ -130,6 +140,8 @@ class Start:
             raise ArgumentError("start", f"start {name}: {number!r} is not a number") from None
         if name == "neutral" and not _LEAST_EPS <= value <= 1:
             raise ArgumentError("start", f"start neutral: eps must be from {_LEAST_EPS:g} to 1, not {number}")
+        if name == "fit" and not 0 < value <= 1:
+            raise ArgumentError("start", f"start fit: ridge must be above 0 and at most 1, not {number}")
         if name == "random" and not (0 <= value < 2**53 and value.is_integer()):
             raise ArgumentError("start", f"start random: seed must be a whole number from 0 to 2^53, not {number}")
         return cls(name, value)
@@ -139,6 +151,22 @@ class Start:
             return self.name
         number = f"{int(self.value)}" if self.name == "random" else f"{self.value:.6g}"
         return f"{self.name}({self.ARGUMENT[self.name]}={number})"
+
+
+class Fitter(Protocol):
+    """Fits one layer to what the convolution gave, batch by batch; a layer that can be fitted has ``fitter(conv)``.
+
+    Attributes:
+        shift: in the end what has to be added to the layer's output, (C_out,), where it has no bias; else None.
+    """
+
+    shift: Tensor | None
+
+    def add(self, input: Tensor, output: Tensor, target: Tensor) -> None:
+        """One batch: the layer's input, its output as it is now, and the convolution's output in the original model."""
+
+    def finish(self) -> float | None:
+        """End of the data: the relative error that is left, or None when it wants to see all of it once more."""
 
 
 @dataclass(frozen=True)
@@ -161,9 +189,10 @@ class OperatorConfig:
     """Base of all operator configs. Subclasses are frozen dataclasses made of :func:`option` fields.
 
     Class attributes to give: ``summary`` (one line), ``formula``, ``source`` (paper and equation), ``starts`` (start
-    name to how it keeps the convolution: "exact", "approximate" or "none"; the first that :meth:`refuses_start` lets
-    pass is the default), ``patterns`` (structural patterns whose place it takes as a whole, ``"*"`` for any; empty for
-    an operator that takes the place of one convolution).
+    name to how it keeps the convolution: "exact", "approximate", "fitted" to data or "none"; the first that
+    :meth:`refuses_start` lets pass is the default, but for "fit", which needs data), ``patterns`` (structural patterns
+    whose place it takes as a whole, ``"*"`` for any; empty for an operator that takes the place of one convolution),
+    ``leaves_gain`` (whether a neutral start may leave a per-channel gain to a BatchNorm behind).
     """
 
     name: ClassVar[str] = ""
@@ -172,6 +201,7 @@ class OperatorConfig:
     source: ClassVar[str] = ""
     starts: ClassVar[Mapping[str, str]] = {"copy": "none"}
     patterns: ClassVar[tuple[str, ...]] = ()
+    leaves_gain: ClassVar[bool] = True
     onnx: ClassVar[OnnxFunction | None] = None
 
     def __post_init__(self) -> None:
@@ -186,17 +216,31 @@ class OperatorConfig:
         """Why this operator cannot stand at ``site``, or None when it can."""
         return None
 
-    def refuses_start(self, start: str) -> str | None:
-        """Why this config cannot begin with ``start`` although the operator has it, or None."""
+    def note(self, site: Site) -> str | None:
+        """What of the convolution falls away at ``site``, in a few words for the plan; None when nothing does."""
         return None
 
-    def start_for(self, wanted: Start | None) -> Start:
-        """The start to use: the one wanted, else the first of ``starts`` that this config allows."""
+    def refuses_start(self, start: str, site: Site | None = None) -> str | None:
+        """Why this config cannot begin with ``start`` (at ``site``) although the operator has it, or None."""
+        return None
+
+    def start_for(self, wanted: Start | None, site: Site | None = None, *, data: bool = False) -> Start:
+        """The start to use: the one wanted, else the first of ``starts`` that this config allows.
+
+        Args:
+            wanted: None for the operator's choice.
+            site: where; None leaves open what depends on the place.
+            data: whether there is data to fit to. Without it ``fit`` is used only where it is wanted.
+
+        Raises:
+            ArgumentError: for a start that the operator has not, or that this config or site does not allow.
+        """
         if wanted is None:
-            return Start(next(name for name in self.starts if self.refuses_start(name) is None))
+            free = [name for name in self.starts if self.refuses_start(name, site) is None]
+            return Start("fit" if data and "fit" in free else next(name for name in free if name != "fit"))
         if wanted.name not in self.starts:
             raise ArgumentError("start", f"{self.name} has no start {wanted.name!r}", nearest(wanted.name, self.starts))
-        if reason := self.refuses_start(wanted.name):
+        if reason := self.refuses_start(wanted.name, site):
             raise ArgumentError("start", f"{self} cannot start by {wanted.name}: {reason}")
         return wanted
 
@@ -204,13 +248,15 @@ class OperatorConfig:
         """Trainable parameters and multiply-accumulates for one image at this site."""
         return site.cost
 
-    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool) -> Built:
+    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool, site: Site | None = None) -> Built:
         """The module that takes ``conv``'s place; the Parameter objects of ``conv`` are reused.
 
         Args:
             conv: the convolution to replace; left as it is.
-            start: a start that :meth:`start_for` returned.
+            start: a start that :meth:`start_for` returned. Building needs no data: what ``fit`` finds is filled in
+                afterwards, by the layer's ``fitter(conv)``.
             absorb: whether a BatchNorm follows that can take a per-channel gain; without a bias only.
+            site: where ``conv`` stands, with the sizes of its images; operators that do not need it build without.
         """
         raise NotImplementedError
 

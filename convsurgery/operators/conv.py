@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from convsurgery.geometry import Site
 from convsurgery.operators.base import Built, OperatorConfig, Start, register_operator
 
 __all__ = ["Conv"]
@@ -23,7 +24,7 @@ class Conv(OperatorConfig):
     source: ClassVar[str] = "the null rule"
     starts: ClassVar[dict[str, str]] = {"copy": "exact", "random": "none"}
 
-    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool) -> Built:
+    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool, site: Site | None = None) -> Built:
         new = nn.Conv2d(
             conv.in_channels,
             conv.out_channels,

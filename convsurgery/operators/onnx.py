@@ -6,7 +6,7 @@ Bodies are written as ONNX text, so that this module needs no onnx; ``convsurger
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["CONV_ATTRIBUTES", "DOMAIN", "VERSION", "NodeForm", "OnnxFunction"]
 
@@ -24,10 +24,12 @@ class NodeForm:
     Attributes:
         attributes: the node's integer attributes (``degree``, ``centered``, ``group``, ...).
         present: names of the optional inputs that are given.
+        words: the node's text attributes (``act``, ``pool``, ...).
     """
 
     attributes: Mapping[str, int]
     present: frozenset[str]
+    words: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def centered(self) -> bool:
@@ -52,6 +54,8 @@ class OnnxFunction:
         attributes: the op's integer arguments besides those of a convolution.
         overload: a word for every :class:`NodeForm` with a body of its own.
         body: ONNX text of the statements that compute ``Y`` from the inputs.
+        strings: the op's text arguments.
+        window: its arguments that have another name in ONNX, a convolution's by default.
     """
 
     op_type: str
@@ -60,3 +64,5 @@ class OnnxFunction:
     attributes: tuple[str, ...]
     overload: Callable[[NodeForm], str]
     body: Callable[[NodeForm], Sequence[str]]
+    strings: tuple[str, ...] = ()
+    window: Mapping[str, str] = field(default_factory=lambda: CONV_ATTRIBUTES)

@@ -125,7 +125,7 @@ def _replacement(entry: Entry, modules: dict[str, nn.Module], names: dict[int, t
             raise ConversionError(f"{site.label}: its {name} holds NaN or infinity; nothing was converted")
     norm = modules.get(site.batchnorm) if entry.absorb and site.batchnorm else None
     source = conv if adapter is None else adapter.plain(conv)
-    built = config.build(source, start, absorb=norm is not None and _can_absorb(norm))
+    built = config.build(source, start, absorb=norm is not None and _can_absorb(norm), site=site)
     new = built.module if adapter is None else adapter.wrap(built.module, conv, source)
     absorbed = None if norm is None or built.residual is None else (norm, built.residual)
     return _Replacement(entry, names[id(conv)], new, absorbed)

@@ -15,7 +15,9 @@ __all__ = ["make_plan"]
 _AROUND_ONE = ("conv-bn", "conv-bn-act", "conv-act")
 
 
-def make_plan(model: str, total_params: int, seen: Observation, rules: Rules, start: Start | None = None) -> Plan:
+def make_plan(
+    model: str, total_params: int, seen: Observation, rules: Rules, start: Start | None = None, *, data: bool = False
+) -> Plan:
     """Decide for every site.
 
     Args:
@@ -24,6 +26,7 @@ def make_plan(model: str, total_params: int, seen: Observation, rules: Rules, st
         seen: its sites and graphs.
         rules: the first rule that takes a site wins; of blocks that overlap, the first in execution order.
         start: for all replacements; None leaves it to each operator.
+        data: whether there will be data to fit to.
 
     Raises:
         RuleError: for operators or arguments that do not exist, patterns that do not trace, and operators that cannot
@@ -31,12 +34,12 @@ def make_plan(model: str, total_params: int, seen: Observation, rules: Rules, st
         NoMatchError: when no rule takes any site.
         ConversionError: when a site that a rule names alone cannot be replaced.
     """
-    return _Decision(seen, rules, start).plan(model, total_params)
+    return _Decision(seen, rules, start, data).plan(model, total_params)
 
 
 class _Decision:
-    def __init__(self, seen: Observation, rules: Rules, start: Start | None) -> None:
-        self.seen, self.rules = seen, rules
+    def __init__(self, seen: Observation, rules: Rules, start: Start | None, data: bool) -> None:
+        self.seen, self.rules, self.wanted, self.data = seen, rules, start, data
         self.entries: dict[str, Entry] = {}
         self.misses: list[tuple[int, int, str, str]] = []
         self.notes: list[str] = []
@@ -59,30 +62,38 @@ class _Decision:
         if not self.entries:
             raise self._no_match()
         entries = tuple(self.entries.get(site.name) or _untaken(site) for site in self.seen.sites)
-        seen = self.seen
-        return Plan(model, str(self.rules), seen.seen, seen.input_shapes, entries, total_params, tuple(self.notes))
+        seen, notes = self.seen, (*self.notes, *_fallen_away(entries))
+        return Plan(model, str(self.rules), seen.seen, seen.input_shapes, entries, total_params, notes)
 
     def _take_sites(self, number: int, rule: Rule) -> None:
-        config, start = self.configs[number], self.starts[number]
+        config = self.configs[number]
         for site in self.seen.sites:
             if site.name in self.entries:
                 continue
             reason = rule.selector.reason(site, self.seen.sites)
             if reason is not None:
                 self._miss(site, reason)
-            elif config is None or start is None:
+            elif config is None:
                 self._stays(site, "kept", number)
             else:
-                self._replace(site, config, start, rule, number)
+                self._replace(site, config, rule, number)
 
-    def _replace(self, site: Site, config: OperatorConfig, start: Start, rule: Rule, number: int) -> None:
+    def _replace(self, site: Site, config: OperatorConfig, rule: Rule, number: int) -> None:
         refusal = site.blocked or config.refuses(site)
-        if refusal is not None:
+        start = None
+        if refusal is None:
+            try:
+                start = config.start_for(self.wanted, site, data=self.data)
+            except ArgumentError as error:
+                refusal = error.message
+        if refusal is not None or start is None:
             if rule.selector.singles_out:
                 raise ConversionError(f"{site.label} cannot become {config}: {refusal}")
-            self._stays(site, refusal, number)
+            self._stays(site, str(refusal), number)
             return
-        absorb = start.name == "neutral" and site.batchnorm is not None and not site.geometry.bias
+        absorb = (
+            config.leaves_gain and start.name == "neutral" and site.batchnorm is not None and not site.geometry.bias
+        )
         self.entries[site.name] = Entry(site, config, start, None, number, config.cost(site), absorb)
 
     def _stays(self, site: Site, reason: str, number: int, block: Block | None = None) -> None:
@@ -114,7 +125,7 @@ class _Decision:
         if not config.patterns:
             if len(sites) != 1:
                 raise _several(rule, config)
-            self._replace(sites[0], config, start, rule, number)
+            self._replace(sites[0], config, rule, number)
             return
         blocked = next((f"{site.label}: {site.blocked}" for site in sites if site.blocked), None)
         refusal = blocked or candidate.reason or config.refuses_block(block, sites) or self._second_view(block)
@@ -165,6 +176,15 @@ class _Decision:
             hint += f"\npatterns are found where FX traces; the model was seen by {self.seen.seen}"
         message = "no part of the model matches" if structural else "no convolution matches"
         return NoMatchError(message, str(self.rules), 0, len(str(self.rules)), hint=hint)
+
+
+def _fallen_away(entries: tuple[Entry, ...]) -> list[str]:
+    """What operators leave out of the convolutions they replace, each said once."""
+    said: dict[str, int] = {}
+    for entry in entries:
+        if entry.config is not None and entry.block is None and (note := entry.config.note(entry.site)):
+            said[note] = said.get(note, 0) + 1
+    return [f"{note} (at {count} site{'s' * (count > 1)})" for note, count in said.items()]
 
 
 def _untaken(site: Site) -> Entry:

@@ -8,8 +8,8 @@ import dataclasses
 from torch import nn
 
 from convsurgery.graph import aliases, copy_model, followers, regions
+from convsurgery.operators import OperatorLayer
 from convsurgery.operators.fused import batchnorm_affine, without_affine
-from convsurgery.operators.kervolution import Kervolution2d
 from convsurgery.surgery.record import Record, record, set_record
 
 __all__ = ["fuse"]
@@ -28,13 +28,12 @@ def fuse(model: nn.Module) -> nn.Module:
     after = dict(followers(graphs, modules))
     names = aliases(fused)
     for name, module in list(fused.named_modules()):
-        if not isinstance(module, Kervolution2d):
+        if not isinstance(module, OperatorLayer):
             continue
         new = module.fuse()
         norm_name = next((after[alias] for alias in names[id(module)] if alias in after), None)
         rest = None if norm_name is None else without_affine(modules[norm_name])
-        if norm_name is not None and rest is not None:
-            new.absorb_affine(*batchnorm_affine(modules[norm_name]))
+        if norm_name is not None and rest is not None and new.absorb_affine(*batchnorm_affine(modules[norm_name])):
             _replace(modules, names[id(modules[norm_name])], rest)
         if name:
             _replace(modules, names[id(module)], new)

@@ -57,7 +57,7 @@ class Entry:
 
     @property
     def exactness(self) -> str:
-        """How the start keeps the convolution: "exact", "approximate" or "none"."""
+        """How the start keeps the convolution: "exact", "approximate", "fitted" to data or "none"."""
         return "exact" if self.config is None or self.start is None else self.config.starts[self.start.name]
 
 

@@ -83,6 +83,7 @@ def _what(entry: Entry) -> str:
 _KEEPS = {
     "exact": "computes what {} did",
     "approximate": "computes nearly what {} did",
+    "fitted": "comes as near to what {} did as the data allow",
     "none": "loses the predictions until it is trained",
 }
 

@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convsurgery.geometry import pad_amounts, pair
-
-#: Kept alive for the life of the process: the ops vanish with their Library.
-LIBRARY = torch.library.Library("convsurgery", "DEF")
+from convsurgery.operators.library import define_op
 
 _HEAD = "Tensor input, Tensor weight, Tensor? bias"
 _TAIL = "bool centered, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
@@ -25,22 +23,8 @@ def schema(hyper: str, attributes: str) -> str:
 
 
 def define(name: str, hyper: str, attributes: str, function: Callable[..., Tensor]) -> None:
-    """Define ``convsurgery::name`` by its body of torch ops.
-
-    CompositeImplicitAutograd gives autograd, fake tensors, vmap and torch.compile from that one body, while
-    torch.export keeps the op whole.
-    """
-    LIBRARY.define(name + schema(hyper, attributes), tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, batch_optional(function), "CompositeImplicitAutograd")
-
-
-def batch_optional(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``function`` of a batch, also for one image. Decided inside the op, where a tracer need not follow."""
-
-    def call(x: Tensor, *rest: Any) -> Tensor:
-        return function(x, *rest) if x.dim() == 4 else function(x.unsqueeze(0), *rest).squeeze(0)
-
-    return call
+    """Define ``convsurgery::name`` by its body of torch ops."""
+    define_op(name + schema(hyper, attributes), function)
 
 
 def as_constant(value: float | Tensor, weight: Tensor) -> Tensor:

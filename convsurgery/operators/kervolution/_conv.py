@@ -7,15 +7,15 @@ convolution only; what follows runs in float32 and is cast to the dtype the conv
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convsurgery.operators.precision import REDUCED, no_autocast, result_dtype, widened
+
 TINY = torch.finfo(torch.float32).tiny
-REDUCED = (torch.float16, torch.bfloat16)
 
 
 class Window(NamedTuple):
@@ -30,24 +30,6 @@ class Window(NamedTuple):
 def per_channel(constant: Tensor) -> Tensor:
     """A constant in a shape that broadcasts over (N, C, H, W)."""
     return constant if constant.dim() == 0 else constant.view(-1, 1, 1)
-
-
-def result_dtype(x: Tensor) -> torch.dtype:
-    """What ``F.conv2d(x, ...)`` would return, autocast considered."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Inside, nothing is lowered to half precision; distances need this, as ``torch.cdist`` does."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
-def widened(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in REDUCED else x
 
 
 def squared_norm(w: Tensor) -> Tensor:
@@ -105,11 +87,6 @@ def add_by_group(s: Tensor, factor: Tensor | None, by_group: Tensor, inplace: bo
     else:
         summed = split.add_(other) if inplace else split + other
     return summed.flatten(1, 2)
-
-
-def no_grad_needed(*tensors: Tensor | None) -> bool:
-    """Whether a freshly made result may be overwritten: autograd records nothing here."""
-    return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors)
 
 
 def affine(y: Tensor, gain: Tensor | None, bias: Tensor | None, inplace: bool) -> Tensor:

@@ -13,8 +13,10 @@ from typing_extensions import Self
 
 from convsurgery.errors import ConvSurgeryError
 from convsurgery.geometry import ConvGeometry, Cost, Site, pair
-from convsurgery.operators.base import Built, Start
-from convsurgery.operators.kervolution._conv import REDUCED
+from convsurgery.operators.base import Built, Fitter, Start
+from convsurgery.operators.layer import OperatorLayer
+from convsurgery.operators.moments import Moments
+from convsurgery.operators.precision import REDUCED
 
 __all__ = ["Kervolution2d", "distance_cost", "learnable_cost", "power_of_two"]
 
@@ -26,7 +28,7 @@ _ABSORB_SPREAD = 256.0
 _LOG_BOUND = 87.0
 
 
-class Kervolution2d(nn.Module):
+class Kervolution2d(OperatorLayer):
     r"""Base of the kervolution layers: :math:`y_o = g_o\,[κ(x, a_o w_o) − κ_0] + b_o` over every window.
 
     The options are those of :class:`torch.nn.Conv2d` (Wang et al., 2019, §3.4); the bias stands outside the kernel.
@@ -234,14 +236,19 @@ class Kervolution2d(nn.Module):
             fused.set_hyper(self.hyper().detach().clone(), learnable=False)
         return fused
 
-    def absorb_affine(self, gain: Tensor, bias: Tensor) -> None:
-        """Follow this layer by ``gain · y + bias`` (both (C_out,)), folded into its own constants."""
+    def absorb_affine(self, gain: Tensor, bias: Tensor) -> bool:
+        """Follow this layer by ``gain · y + bias`` (both (C_out,)), folded into its own constants; always possible."""
         old_bias = self.full_bias()
         old_gain = gain.new_ones(()) if self.gain is None else self.gain.to(gain.dtype)
         total = bias if old_bias is None else bias + gain * old_bias.detach()
         self.gain = self.constant(old_gain * gain)
         self.offset = None
         self.bias = nn.Parameter(total.to(self.weight), requires_grad=False)
+        return True
+
+    def fitter(self, conv: nn.Conv2d, ridge: float | None = None, *, shift: bool = False) -> Fitter:
+        """Fits gain and offset; a penalty has no part in it, and nothing is left over."""
+        return _AffineFit(self)
 
     # -- state: constants may be absent, scalars or vectors, and the file decides
 
@@ -290,6 +297,26 @@ class Kervolution2d(nn.Module):
             shown = "meta" if value.is_meta else f"{value.item():.4g}" if value.dim() == 0 else "per channel"
             text += f", {self.hyper_name}={shown}" + (", learnable" if learnable else "")
         return text + (", centered" if self.centered else "")
+
+
+class _AffineFit:
+    """Gain and offset of each channel by least squares on the convolution's own outputs."""
+
+    def __init__(self, layer: Kervolution2d) -> None:
+        self.layer, self.moments = layer, Moments()
+        self.shift: Tensor | None = None
+        layer.gain = layer.offset = None
+
+    def add(self, input: Tensor, output: Tensor, target: Tensor) -> None:
+        bias = self.layer.bias
+        self.moments.add(output if bias is None else output - bias.detach().view(-1, 1, 1), target)
+
+    def finish(self) -> float:
+        layer = self.layer
+        gain, offset = self.moments.affine()
+        layer.gain = layer.constant(gain)
+        layer.offset = layer.constant(offset - (0 if layer.bias is None else layer.bias.detach().double()))
+        return self.moments.error(gain, offset)
 
 
 def learnable_cost(site: Site, learnable: bool | str, base: Cost) -> Cost:

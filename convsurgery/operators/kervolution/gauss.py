@@ -19,13 +19,12 @@ from convsurgery.operators.kervolution._conv import (
     affine,
     exact_inner,
     inner,
-    no_grad_needed,
-    result_dtype,
     squared_norm,
     window_squares,
 )
 from convsurgery.operators.kervolution._layer import Kervolution2d, distance_cost, learnable_cost, power_of_two
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
+from convsurgery.operators.precision import no_grad_needed, result_dtype
 
 __all__ = ["GaussKervolution2d", "KervGauss", "kerv_gauss"]
 
@@ -174,7 +173,7 @@ class KervGauss(OperatorConfig):
         False, "train γ: one for the layer, or one per channel", kind=bool, choices=("channel",)
     )
 
-    def refuses_start(self, start: str) -> str | None:
+    def refuses_start(self, start: str, site: Site | None = None) -> str | None:
         if start == "neutral" and self.gamma is not None:
             return "the neutral start chooses gamma itself; leave gamma out"
         return None
@@ -182,7 +181,7 @@ class KervGauss(OperatorConfig):
     def cost(self, site: Site) -> Cost:
         return learnable_cost(site, self.learnable, distance_cost(site))
 
-    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool) -> Built:
+    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool, site: Site | None = None) -> Built:
         layer = GaussKervolution2d.like(conv, centered=start.name == "neutral")
         layer.set_hyper(layer.constant(self.gamma or 1 / layer.geometry.patch), self.learnable)
 

@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convsurgery.geometry import Site
 from convsurgery.operators.base import Built, OperatorConfig, Start, register_operator
 from convsurgery.operators.kervolution import _onnx as text
-from convsurgery.operators.kervolution._call import LIBRARY, batch_optional, functional_call, schema
-from convsurgery.operators.kervolution._conv import affine, no_grad_needed, result_dtype, widened
+from convsurgery.operators.kervolution._call import functional_call, schema
+from convsurgery.operators.kervolution._conv import affine
 from convsurgery.operators.kervolution._layer import Kervolution2d
+from convsurgery.operators.library import LIBRARY, batch_optional
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
+from convsurgery.operators.precision import no_grad_needed, result_dtype, widened
 
 __all__ = ["KervL1", "L1Kervolution2d", "kerv_l1"]
 
@@ -326,5 +329,5 @@ class KervL1(OperatorConfig):
         "L1Kervolution2d", "kerv_l1", ("input", "weight", "bias", "gain"), ("centered",), text.traits, _body
     )
 
-    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool) -> Built:
+    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool, site: Site | None = None) -> Built:
         return L1Kervolution2d.like(conv, centered=False).begin(start, None, absorb=absorb)

@@ -22,16 +22,15 @@ from convsurgery.operators.kervolution._conv import (
     exact_inner,
     halved_product,
     inner,
-    no_grad_needed,
     per_channel,
     reciprocal_or_zero,
-    result_dtype,
     root,
     squared_norm,
     window_squares,
 )
 from convsurgery.operators.kervolution._layer import Kervolution2d, distance_cost, power_of_two
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
+from convsurgery.operators.precision import no_grad_needed, result_dtype
 
 __all__ = ["KervL2", "L2Kervolution2d", "kerv_l2"]
 
@@ -163,7 +162,7 @@ class KervL2(OperatorConfig):
     def cost(self, site: Site) -> Cost:
         return distance_cost(site)
 
-    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool) -> Built:
+    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool, site: Site | None = None) -> Built:
         layer = L2Kervolution2d.like(conv, centered=start.name == "neutral")
 
         def neutral() -> Tensor:

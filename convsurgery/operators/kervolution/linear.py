@@ -8,12 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from convsurgery.geometry import Site
 from convsurgery.operators.base import Built, OperatorConfig, Start, register_operator
 from convsurgery.operators.kervolution import _onnx as text
 from convsurgery.operators.kervolution._call import define, functional_call
-from convsurgery.operators.kervolution._conv import Window, affine, inner, no_grad_needed, result_dtype
+from convsurgery.operators.kervolution._conv import Window, affine, inner
 from convsurgery.operators.kervolution._layer import Kervolution2d
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
+from convsurgery.operators.precision import no_grad_needed, result_dtype
 
 __all__ = ["KervLinear", "LinearKervolution2d", "kerv_linear"]
 
@@ -94,5 +96,5 @@ class KervLinear(OperatorConfig):
         "LinearKervolution2d", "kerv_linear", ("input", "weight", "bias", "gain"), ("centered",), text.traits, _body
     )
 
-    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool) -> Built:
+    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool, site: Site | None = None) -> Built:
         return LinearKervolution2d.like(conv, centered=False).begin(start, None, absorb=absorb)

@@ -14,17 +14,10 @@ from convsurgery.geometry import Cost, Site
 from convsurgery.operators.base import Built, OperatorConfig, Start, option, register_operator
 from convsurgery.operators.kervolution import _onnx as text
 from convsurgery.operators.kervolution._call import as_constant, define, functional_call
-from convsurgery.operators.kervolution._conv import (
-    Window,
-    affine,
-    apply,
-    inner,
-    no_grad_needed,
-    per_channel,
-    result_dtype,
-)
+from convsurgery.operators.kervolution._conv import Window, affine, apply, inner, per_channel
 from convsurgery.operators.kervolution._layer import Kervolution2d, learnable_cost, power_of_two
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
+from convsurgery.operators.precision import no_grad_needed, result_dtype
 
 __all__ = ["KervPoly", "PolyKervolution2d", "kerv_poly"]
 
@@ -290,7 +283,7 @@ class KervPoly(OperatorConfig):
         if self.learnable and self.balance == 0:
             raise ArgumentError("balance", "a learnable balance must start above 0", "try balance=1")
 
-    def refuses_start(self, start: str) -> str | None:
+    def refuses_start(self, start: str, site: Site | None = None) -> str | None:
         if start == "neutral" and self.balance == 0 and self.degree > 1:
             return "without a balance the polynomial has no linear term; give balance > 0"
         return None
@@ -298,7 +291,7 @@ class KervPoly(OperatorConfig):
     def cost(self, site: Site) -> Cost:
         return learnable_cost(site, self.learnable, site.cost)
 
-    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool) -> Built:
+    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool, site: Site | None = None) -> Built:
         layer = PolyKervolution2d.like(conv, centered=start.name == "neutral", degree=self.degree)
         layer.set_hyper(layer.constant(self.balance), self.learnable)
 

@@ -8,12 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from convsurgery.geometry import Site
 from convsurgery.operators.base import Built, OperatorConfig, Start, register_operator
 from convsurgery.operators.kervolution import _onnx as text
 from convsurgery.operators.kervolution._call import define, functional_call
-from convsurgery.operators.kervolution._conv import Window, affine, inner, no_grad_needed, result_dtype, tanh
+from convsurgery.operators.kervolution._conv import Window, affine, inner, tanh
 from convsurgery.operators.kervolution._layer import Kervolution2d, power_of_two
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
+from convsurgery.operators.precision import no_grad_needed, result_dtype
 
 __all__ = ["KervSigmoid", "SigmoidKervolution2d", "kerv_sigmoid"]
 
@@ -93,7 +95,7 @@ class KervSigmoid(OperatorConfig):
         "SigmoidKervolution2d", "kerv_sigmoid", ("input", "weight", "bias", "gain"), ("centered",), text.traits, _body
     )
 
-    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool) -> Built:
+    def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool, site: Site | None = None) -> Built:
         layer = SigmoidKervolution2d.like(conv, centered=start.name == "neutral")
 
         def neutral() -> Tensor:
