@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from convsurgery import models as models  # its networks may be what is loaded
 from convsurgery import zoo
 from convsurgery.errors import ConvSurgeryError, ModelError, StorageError
 from convsurgery.graph import aliases, copy_model
