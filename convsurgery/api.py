@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from convsurgery import models as models  # makes their names known to timm
 from convsurgery import zoo
-from convsurgery.adapt.affine import fit_affine
 from convsurgery.adapt.evaluation import evaluate
 from convsurgery.adapt.finetuning import finetune
+from convsurgery.adapt.fitting import Fit, fit_layers
 from convsurgery.errors import ConversionError, ModelError
 from convsurgery.graph import Template, copy_model, observe
 from convsurgery.operators import Start, list_operators
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "apply",
-    "calibrate_affine",
+    "calibrate",
     "convert",
     "convert_",
     "create_model",
@@ -57,8 +58,8 @@ def plan(
         rule: as text, ``"first-conv->kerv-poly"``, or as objects: see ``docs/rules.md``.
         example_inputs: a tensor, or the forward's positional arguments; by default one image of the model's own size,
             or what torchvision's detection, video and optical flow models take.
-        start: how the new operators begin: ``neutral(eps)``, ``copy`` or ``random``; each operator's default when
-            absent.
+        start: how the new operators begin: ``neutral(eps)``, ``copy``, ``fit``, ``project`` or ``random``; each
+            operator's default when absent.
 
     Returns:
         A plan that prints as a table.
@@ -75,6 +76,12 @@ def plan(
         >>> len(cs.plan("resnet18", "conv[k=3, s=1]->kerv-poly(degree=2)").edits)
         13
     """
+    return _plan(model, rule, example_inputs, start)
+
+
+def _plan(
+    model: nn.Module | str, rule: RulesLike, example_inputs: Inputs, start: str | Start | None, *, data: bool = False
+) -> Plan:
     rules = as_rules(rule)
     begin = None if start is None else Start.parse(start)
     built = zoo.create_model(model, device="meta") if isinstance(model, str) else model
@@ -83,7 +90,7 @@ def plan(
         raise ModelError(f"{wrapper} wraps the model: convert the model itself, then compile or parallelise it")
     inputs = _inputs(built, example_inputs)
     params = sum(p.numel() for p in built.parameters() if p.requires_grad and not is_lazy(p))
-    return make_plan(_label(built), params, observe(built, inputs), rules, begin)
+    return make_plan(_label(built), params, observe(built, inputs), rules, begin, data=data)
 
 
 def pattern(code: nn.Module | Callable[..., Any], tests: str = "", *, name: str | None = None) -> PatternSelector:
@@ -118,6 +125,7 @@ def convert(
     example_inputs: Inputs = None,
     start: str | Start | None = None,
     calibration: Any = None,
+    on_layer: Callable[[str, float], object] | None = None,
 ) -> nn.Module:
     """A copy of ``model`` with the convolutions that ``rule`` takes replaced; the model itself stays as it is.
 
@@ -127,7 +135,9 @@ def convert(
     Args:
         model, rule, example_inputs, start: as for :func:`plan`.
         calibration: images (a tensor, or an iterable of batches that can be repeated, such as a DataLoader). Operators
-            that start by ``copy`` get a per-channel affine fitted to the convolution's output on them.
+            that can be fitted to data are, on the convolutions' outputs; those that start by ``copy`` get a
+            per-channel affine.
+        on_layer: called with every fitted layer's name and the relative error left there.
 
     Raises:
         As :func:`plan`; ConversionError also when a weight is not finite, or when every site the rule takes has to be
@@ -140,7 +150,8 @@ def convert(
         >>> torch.equal(new(x), model(x))
         True
     """
-    return convert_(copy_model(model), rule, example_inputs=example_inputs, start=start, calibration=calibration)
+    options: dict[str, Any] = {"start": start, "calibration": calibration, "on_layer": on_layer}
+    return convert_(copy_model(model), rule, example_inputs=example_inputs, **options)
 
 
 def convert_(
@@ -150,54 +161,91 @@ def convert_(
     example_inputs: Inputs = None,
     start: str | Start | None = None,
     calibration: Any = None,
+    on_layer: Callable[[str, float], object] | None = None,
 ) -> nn.Module:
     """As :func:`convert`, in place: ``model`` itself is changed and returned; on an error it is as it was.
 
     The Parameter objects are kept, so that an optimiser made before goes on to work. A model that *is* a Conv2d cannot
     become another class: use the return value.
     """
-    made = plan(model, rule, example_inputs=example_inputs, start=start)
+    made = _plan(model, rule, example_inputs, start, data=calibration is not None)
     if made.skips and not made.edits:
         reasons = "\n".join(f"  {entry.site.label}: {entry.reason}" for entry in made.skips[:8])
         if not all(entry.reason == "kept" for entry in made.skips):
             raise ConversionError(f"every convolution that {made.rule} takes has to stay:\n{reasons}")
-    fitted = _fittable(made.edits) if calibration is not None else []
+    if calibration is None:
+        _needs_no_data(made)
+        return apply_(model, made)
+    fitted = _fittable(made.edits)
     if not fitted:
         return apply_(model, made)
     # The fit runs on a copy, so that data that fails leaves the model as it was.
     trial = apply(model, made)
-    fit_affine(trial, model, fitted, calibration)
+    fit_layers(trial, model, fitted, calibration, on_layer)
     new = apply_(model, made)
-    for name in fitted:
-        layer, source = new.get_submodule(name), trial.get_submodule(name)
-        layer.gain, layer.offset = source.gain, source.offset
+    for name, fit in fitted.items():
+        for changed in (name, *([fit.batchnorm] if fit.batchnorm else [])):
+            new.get_submodule(changed).load_state_dict(trial.get_submodule(changed).state_dict())
     return new
 
 
-def _fittable(edits: Sequence[Entry]) -> list[str]:
-    """The operators that began with the convolution's weights but not its function, in execution order."""
-    return [e.site.name for e in edits if e.start is not None and e.start.name == "copy" and e.exactness == "none"]
+def _fittable(edits: Sequence[Entry]) -> dict[str, Fit]:
+    """The operators to fit, in execution order: those that start by fit, or with the weights but not the function."""
+    fits = {}
+    for entry in edits:
+        start, site = entry.start, entry.site
+        if start is None or entry.block is not None:
+            continue
+        if start.name == "fit" or (start.name == "copy" and entry.exactness == "none"):
+            ridge = start.value if start.name == "fit" else None
+            fits[site.name] = Fit(ridge, None if site.geometry.bias else site.batchnorm)
+    return fits
 
 
-def calibrate_affine(model: nn.Module, batches: Any, *, teacher: nn.Module) -> dict[str, float]:
-    """Fit a per-channel affine behind every operator that started by ``copy``, to the teacher's convolutions.
+def _needs_no_data(made: Plan) -> None:
+    """Raise for operators that were asked to start by fit where there is nothing to fit to."""
+    entry = next((e for e in made.edits if e.start is not None and e.start.name == "fit"), None)
+    if entry is None or entry.config is None:
+        return
+    names = [name for name in entry.config.starts if name != "fit"]
+    without = [name for name in names if entry.config.refuses_start(name, entry.site) is None]
+    raise ConversionError(
+        f"{entry.site.label}: {entry.config} starts by fit, which needs images: give calibration=images. "
+        f"Without data it starts by {' or '.join(without)}"
+    )
 
-    Closed-form least squares in float64, layer by layer in execution order; ``model`` is changed in place. What
-    :func:`convert` does with ``calibration=``, for a model converted before.
+
+def calibrate(
+    model: nn.Module,
+    batches: Any,
+    *,
+    teacher: nn.Module,
+    on_layer: Callable[[str, float], object] | None = None,
+) -> dict[str, float]:
+    """Fit what has a closed form to the teacher's convolutions; no training.
+
+    Layer by layer in execution order, in float64, streaming; ``model`` is changed in place. Operators that start by
+    ``fit`` get their best weights, kervolutions that started by ``copy`` a per-channel affine. What :func:`convert`
+    does with ``calibration=``, for a model converted before.
 
     Args:
         model: a converted model.
         batches: images, as for :func:`convert`.
         teacher: the original model.
+        on_layer: called with every layer's name and error when it is done.
 
     Returns:
-        The relative error left at each layer.
+        The relative error left at each layer, √(unexplained over total variance), channels averaged.
+
+    Raises:
+        ConversionError: when no operator of the model can be fitted, or the teacher is another model.
+        DataError: for data that holds nothing.
     """
     done = record(model)
-    names = _fittable(done.edits if done else ())
-    if not names:
-        raise ConversionError("no operator of this model started by copy: there is no affine to fit")
-    return fit_affine(model, teacher, names, batches)
+    fitted = _fittable(done.edits if done else ())
+    if not fitted:
+        raise ConversionError("no operator of this model started by fit or copy: there is nothing to fit")
+    return fit_layers(model, teacher, fitted, batches, on_layer)
 
 
 def export_onnx(

@@ -18,6 +18,7 @@ __all__ = [
     "ModelError",
     "NoMatchError",
     "ParityError",
+    "RecipeError",
     "RuleError",
     "SettingsError",
     "StorageError",
@@ -110,6 +111,10 @@ class TrainingError(ConvSurgeryError):
 
 class SettingsError(TrainingError, ValueError):
     """A setting of fine-tuning that is not legal; names what is."""
+
+
+class RecipeError(ConvSurgeryError, ValueError):
+    """A recipe file with a key or value that has no place; names the line and what would be legal."""
 
 
 class ExportError(ConvSurgeryError):

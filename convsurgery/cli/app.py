@@ -47,7 +47,7 @@ def build() -> typer.Typer:
         rich_markup_mode=None,
     )
     app.callback()(_root)
-    for command in (plan, convert, _finetune_command(), export, verify, ops, demo, bench, coverage):
+    for command in (plan, convert, _finetune_command(), export, verify, ops, demo, bench, coverage, run):
         app.command()(command)
     return app
 
@@ -145,7 +145,7 @@ def _teacher(wanted: str | None, model: nn.Module) -> tuple[nn.Module | None, st
 
     if wanted is None:
         done = cs.record(model)
-        kept = done is not None and all(entry.exactness != "none" for entry in done.edits)
+        kept = done is not None and all(entry.exactness in ("exact", "approximate") for entry in done.edits)
         wanted = "start" if kept else "none"
     if wanted == "none":
         return None, "no teacher: plain cross-entropy"
@@ -288,6 +288,19 @@ def verify(
     typer.echo(str(cs.verify_onnx(file, cs.load(against), tolerance=tolerance)))
 
 
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; examples/recipes has some.")],
+    change: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value: --set finetune.epochs=1.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
+) -> None:
+    """Convert, calibrate, fine-tune and export, all from one file."""
+    from convsurgery.recipes import read_recipe, run_recipe
+
+    run_recipe(read_recipe(recipe, change or ()), overwrite=overwrite)
+
+
 def ops(as_json: AsJson = False) -> None:
     """List operators with their arguments, and the places that rules can name."""
     from convsurgery.cli.catalogue import catalogue, catalogue_text
@@ -306,7 +319,7 @@ def demo(
 
 
 def bench(
-    what: Annotated[str, typer.Argument(help="ops, convert, or all.")] = "all",
+    what: Annotated[str, typer.Argument(help="ops, onnx, convert, or all.")] = "all",
     repeats: Annotated[int, typer.Option(help="Rounds; medians are shown.")] = 30,
     threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
     as_json: AsJson = False,

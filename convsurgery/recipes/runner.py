@@ -1,0 +1,167 @@
+"""Carrying out a recipe, step by step, with what each step did on the terminal."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from convsurgery import api
+from convsurgery.adapt.data import DataSplit, load_data
+from convsurgery.adapt.evaluation import EvalResult
+from convsurgery.errors import RecipeError
+from convsurgery.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["run_recipe"]
+
+
+def run_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console | None = None) -> nn.Module:
+    """Model → (training) → conversion → calibration → fine-tuning → export; writes the recipe's output folder.
+
+    Args:
+        recipe: from :func:`read_recipe`.
+        overwrite: replace what an earlier run left in the folder.
+        console: where to print; standard output when absent.
+
+    Returns:
+        The model in the end, on the CPU, in eval mode.
+
+    Raises:
+        RecipeError: when the folder holds an earlier run.
+        ConvSurgeryError: whatever a step raises.
+    """
+    from rich.console import Console as RichConsole
+
+    return _Run(recipe, overwrite, console or RichConsole(highlight=False)).run()
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, overwrite: bool, console: Console) -> None:
+        self.recipe, self.overwrite, self.console = recipe, overwrite, console
+        self.folder = Path(recipe.output).expanduser()
+        self.number = 0
+        self.rows: list[tuple[str, EvalResult]] = []
+
+    def run(self) -> nn.Module:
+        recipe, began = self.recipe, time.perf_counter()
+        if self.folder.exists() and any(self.folder.iterdir()) and not self.overwrite:
+            raise RecipeError(f"{self.folder} holds an earlier run: name another output, or overwrite it (--overwrite)")
+        torch.manual_seed(recipe.seed)
+        model = self._model()
+        # Rules and data are read before anything takes time.
+        plan = api.plan(model, recipe.convert.rule, start=recipe.convert.start)
+        data = self._data(model, augment=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if recipe.pretrain is not None:
+            self._say(f"train {recipe.model.name}")
+            api.finetune(model, data, config=recipe.pretrain)
+        self._measure("original", model, data)
+        self._say(f"convert: {recipe.convert.rule}")
+        images = self._images(model)
+        errors: dict[str, float] = {}
+        new = api.convert(
+            model, recipe.convert.rule, start=recipe.convert.start, calibration=images, on_layer=errors.__setitem__
+        )
+        done = api.record(new)
+        self.console.print(str(done.plans[-1] if done else plan), markup=False)
+        if errors and images is not None:
+            self._say(f"calibrated on {len(images)} images: relative error left at each layer")
+            for name, error in errors.items():
+                self.console.print(f"  {name}  {error:.3f}")
+        self._measure("converted", new, data, model)
+        if recipe.finetune is not None:
+            self._say("fine-tune")
+            teacher = model if recipe.finetune.teacher == "original" else None
+            api.finetune(
+                new,
+                data,
+                teacher=teacher,
+                config=recipe.finetune.settings,
+                output=self.folder / "finetuned",
+                overwrite=self.overwrite,
+            )
+            self._measure("fine-tuned", new, data, model)
+        written = [api.save(new, self.folder / "model")]
+        if recipe.export is not None:
+            self._say("export")
+            step = recipe.export
+            target = self.folder / step.file
+            parity = api.export_onnx(new, target, inline=step.inline, opset=step.opset, tolerance=step.tolerance)
+            self.console.print(f"{target.name}: {parity}")
+            written.append(target)
+        self._table(model, new)
+        self.console.print(
+            f"\nwrote {', '.join(map(str, written))} in {time.perf_counter() - began:.0f} s", soft_wrap=True
+        )
+        return new
+
+    def _say(self, what: str) -> None:
+        self.number += 1
+        self.console.print(f"\n{self.number}. {what}", soft_wrap=True, markup=False)
+
+    def _model(self) -> nn.Module:
+        step = self.recipe.model
+        if (Path(step.name) / "convsurgery.json").is_file():
+            return api.load(step.name)
+        return api.create_model(
+            step.name,
+            pretrained=step.pretrained,
+            checkpoint=step.checkpoint,
+            num_classes=step.num_classes,
+            img_size=step.img_size,
+            **(step.kwargs or {}),
+        )
+
+    def _data(self, model: nn.Module, *, augment: bool) -> DataSplit:
+        step, settings = self.recipe.data, self.recipe.finetune
+        tuned = settings.settings if settings is not None else None
+        return load_data(
+            step.dataset or str(step.dir),
+            model=model,
+            root=step.dir if step.dataset else None,
+            batch_size=tuned.batch_size if tuned else 128,
+            validation_batch_size=tuned.validation_batch_size if tuned else None,
+            workers=tuned.workers if tuned else 0,
+            seed=self.recipe.seed,
+            augment=augment and not (tuned is not None and tuned.no_aug),
+            download=step.download,
+        )
+
+    def _images(self, model: nn.Module) -> Tensor | None:
+        """The first training images, as validation would see them."""
+        step = self.recipe.calibrate
+        if step is None:
+            return None
+        batches, count = [], 0
+        for batch in self._data(model, augment=False).train:
+            batches.append(batch[0])
+            count += len(batch[0])
+            if count >= step.images:
+                break
+        return torch.cat(batches)[: step.images]
+
+    def _measure(self, label: str, model: nn.Module, data: DataSplit, teacher: nn.Module | None = None) -> None:
+        if data.val is not None:
+            self.rows.append((label, api.evaluate(model, data.val, teacher=teacher)))
+
+    def _table(self, model: nn.Module, new: nn.Module) -> None:
+        from rich import box
+        from rich.table import Table
+
+        if not self.rows:
+            return
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        for name in ("", "top-1", "answers kept", "parameters"):
+            table.add_column(name, justify="right" if name else "left", no_wrap=True)
+        before, after = (sum(p.numel() for p in part.parameters()) for part in (model, new))
+        for label, result in self.rows:
+            kept = "" if result.kept is None else f"{result.kept} of {result.samples}"
+            table.add_row(label, f"{result.top1:.2f}", kept, f"{before if label == 'original' else after:,}")
+        self.console.print()
+        self.console.print(table)
