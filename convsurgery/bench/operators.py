@@ -1,4 +1,4 @@
-"""The kervolutions against ``F.conv2d`` and against their unfold form."""
+"""The operators against ``F.conv2d``, and the kervolutions against their unfold form."""
 
 from __future__ import annotations
 
@@ -9,20 +9,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convsurgery.bench.measure import medians
-from convsurgery.operators import Start, operator
+from convsurgery.bench.measure import medians, peak_bytes
+from convsurgery.geometry import ConvGeometry, Site
+from convsurgery.operators import Start, bind
 from convsurgery.operators.kervolution import kerv_gauss, kerv_poly
+from convsurgery.rules import parse_target
 
-__all__ = ["OperatorTime", "bench_operators", "bench_unfold"]
+__all__ = ["OperatorTime", "bench_memory", "bench_operators", "bench_unfold", "layer_of"]
 
 BATCH, CHANNELS, SIZE, KERNEL = 4, 64, 56, 3
 #: upper bounds this project promises, as multiples of ``F.conv2d``: inference, forward + backward
-PROMISED = {
+PROMISED: dict[str, tuple[float | None, float | None]] = {
     "kerv-poly": (1.15, 1.3),
     "kerv-sigmoid": (1.4, 1.5),
     "kerv-l2": (1.6, 2.0),
     "kerv-gauss": (1.6, 2.0),
     "kerv-l1": (35.0, None),
+    "pnn": (0.6, 0.8),
+    "pnn(fanout=4)": (None, None),
+    "lbc": (None, None),
 }
 
 
@@ -37,11 +42,14 @@ class OperatorTime:
     promised: tuple[float | None, float | None]
 
 
-def _layer(name: str, start: str) -> nn.Module:
+def layer_of(rule: str, start: str = "random") -> nn.Module:
+    """The operator in place of the convolution that everything here is compared with."""
     torch.manual_seed(0)
     conv = nn.Conv2d(CHANNELS, CHANNELS, KERNEL, padding=KERNEL // 2, bias=False)
-    config = operator(name)()
-    return config.build(conv, config.start_for(Start(start)), absorb=False).module
+    shape = (BATCH, CHANNELS, SIZE, SIZE)
+    site = Site(("conv",), 0, ConvGeometry.of(conv), shape, shape, positions=SIZE * SIZE)
+    config = bind(parse_target(rule))
+    return config.build(conv, config.start_for(Start(start)), absorb=False, site=site).module
 
 
 def _training(
@@ -56,15 +64,16 @@ def _training(
 
 
 def bench_operators(repeats: int) -> list[OperatorTime]:
-    """Every kervolution in its paper's form (copy) and with its default start, float32."""
+    """Every kernel in its paper's form (copy) and its neutral form, the others as they are drawn; float32."""
     torch.manual_seed(0)
     x = torch.randn(BATCH, CHANNELS, SIZE, SIZE)
     grad = torch.randn(BATCH, CHANNELS, SIZE, SIZE)
     weight = (torch.randn(CHANNELS, CHANNELS, KERNEL, KERNEL) * 0.05).requires_grad_()
     results = []
     for name, promised in PROMISED.items():
-        for start in ("copy", *(["neutral"] if "neutral" in operator(name).starts else [])):
-            layer = _layer(name, start)
+        starts = bind(parse_target(name)).starts
+        for start in [start for start in ("copy", "neutral") if start in starts] if "copy" in starts else ["random"]:
+            layer = layer_of(name, start)
             rounds = max(3, repeats // 10) if name == "kerv-l1" else repeats
 
             def conv(images: Tensor) -> Tensor:
@@ -110,3 +119,15 @@ def bench_unfold(repeats: int) -> dict[str, float]:
             warmup=1,
         )
     return {name: taken[f"{name} unfold"] / taken[name] for name in ("poly", "gauss")}
+
+
+def bench_memory() -> dict[str, float]:
+    """Most memory held at one time beside the output, in outputs, by a perturbation layer in inference."""
+    x = torch.randn(BATCH, CHANNELS, SIZE, SIZE)
+    found = {}
+    for rule in ("pnn", "pnn(fanout=4)", "pnn(fanout=16)"):
+        layer = layer_of(rule)
+        with torch.no_grad():
+            layer(x)
+            found[rule] = peak_bytes(lambda: layer(x)) / (x.numel() * x.element_size()) - 1  # noqa: B023
+    return found

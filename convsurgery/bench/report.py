@@ -13,7 +13,7 @@ from convsurgery.errors import ConvSurgeryError, nearest
 
 __all__ = ["run_bench"]
 
-PARTS = ("ops", "convert", "all")
+PARTS = ("ops", "onnx", "convert", "all")
 
 
 def run_bench(what: str = "all", repeats: int = 30, threads: int = 2, as_json: bool = False) -> str:
@@ -29,15 +29,19 @@ def run_bench(what: str = "all", repeats: int = 30, threads: int = 2, as_json: b
     lines = [results["machine"]]
     if what in ("ops", "all"):
         lines += _operators(results, repeats)
+    if what in ("onnx", "all"):
+        lines += _runtime(results, repeats, threads)
     if what in ("convert", "all"):
         lines += _convert(results, repeats)
     return json.dumps(results, indent=1) if as_json else "\n".join(lines)
 
 
 def _operators(results: dict[str, Any], repeats: int) -> list[str]:
-    from convsurgery.bench.operators import BATCH, CHANNELS, KERNEL, SIZE, bench_operators, bench_unfold
+    from convsurgery.bench.operators import BATCH, CHANNELS, KERNEL, SIZE, bench_memory, bench_operators, bench_unfold
 
     times = bench_operators(repeats)
+    memory = bench_memory()
+    results["memory beside the output, in outputs"] = memory
     unfold = bench_unfold(repeats)
     results["ops"] = [dataclasses.asdict(time) for time in times]
     results["times faster than unfold"] = unfold
@@ -51,6 +55,18 @@ def _operators(results: dict[str, Any], repeats: int) -> list[str]:
             f"{time.name:<14}{time.start:<9}{time.inference:>9.2f}×{bounds[0]:>10}{time.training:>10.2f}×{bounds[1]:>10}"
         )
     lines += [f"{name}: {factor:.0f}× faster than its unfold form" for name, factor in unfold.items()]
+    lines += [f"{rule}: {extra:.2f} outputs of memory beside the output" for rule, extra in memory.items()]
+    return lines
+
+
+def _runtime(results: dict[str, Any], repeats: int, threads: int) -> list[str]:
+    from convsurgery.bench.runtime import bench_runtime
+
+    found = bench_runtime(repeats, threads)
+    results["onnx"] = {rule: ratio for rule, (ratio, _) in found.items()}
+    lines = ["\nmultiples of the Conv in ONNX Runtime, same shape"]
+    for rule, (ratio, bound) in found.items():
+        lines.append(f"{rule:<23}{ratio:>9.2f}×{'measured' if bound is None else f'≤ {bound:g}':>10}")
     return lines
 
 
