@@ -2,16 +2,66 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from convsurgery.geometry import ConvGeometry, Pair, pair
 from convsurgery.operators.base import Fitter
 
-__all__ = ["OperatorLayer"]
+__all__ = ["OperatorLayer", "conv_options"]
 
 
 class OperatorLayer(nn.Module):
     """Base of the layers that operators build; gives ``fuse``, export and calibration something to call."""
+
+    in_channels: int
+    out_channels: int
+    groups: int
+    kernel_size: Pair
+    stride: Pair
+    dilation: Pair
+    padding: str | Pair
+    padding_mode: str
+    geometry: ConvGeometry
+
+    def take_options(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Pair,
+        stride: int | Pair,
+        padding: str | int | Pair,
+        dilation: int | Pair,
+        groups: int,
+        bias: bool,
+        padding_mode: str,
+    ) -> tuple[int, ...]:
+        """Set the attributes of a convolution with these options, checked as :class:`torch.nn.Conv2d` checks them.
+
+        Returns:
+            The shape its filters would have.
+        """
+        # A meta Conv2d gives torch's own messages and allocates nothing.
+        template = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,  # type: ignore[arg-type]
+            device="meta",
+        )
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride, self.dilation = pair(kernel_size), pair(stride), pair(dilation)
+        self.padding = padding if isinstance(padding, str) else pair(padding)
+        self.padding_mode = padding_mode
+        self.geometry = ConvGeometry.of(template)
+        return tuple(template.weight.shape)
 
     def fuse(self) -> Self:
         """A copy for deployment: constants folded, nothing learnable, the same function up to rounding."""
@@ -40,3 +90,18 @@ class OperatorLayer(nn.Module):
                 (C_out,), is then to be added to the layer's output.
         """
         return None
+
+
+def conv_options(conv: Any) -> dict[str, Any]:
+    """The options of a Conv2d, or of a layer in the place of one, as arguments for another."""
+    return {
+        "in_channels": conv.in_channels,
+        "out_channels": conv.out_channels,
+        "kernel_size": pair(conv.kernel_size),
+        "stride": pair(conv.stride),
+        "padding": conv.padding,
+        "dilation": pair(conv.dilation),
+        "groups": conv.groups,
+        "bias": conv.bias is not None,
+        "padding_mode": conv.padding_mode,
+    }

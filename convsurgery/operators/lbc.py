@@ -15,6 +15,7 @@ from convsurgery.geometry import ConvGeometry, Cost, Pair, Site, pair
 from convsurgery.operators import noise as random
 from convsurgery.operators.activations import ACTIVATIONS, activation
 from convsurgery.operators.base import Built, Fitter, OperatorConfig, Start, option, register_operator
+from convsurgery.operators.layer import conv_options
 from convsurgery.operators.library import define_op
 from convsurgery.operators.mix import MixFit, MixLayer
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
@@ -134,33 +135,17 @@ class LocalBinaryConv2d(MixLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        # A meta Conv2d checks every option with torch's own messages and allocates nothing.
-        template = nn.Conv2d(
-            in_channels,
-            filters or out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,  # type: ignore[arg-type]
-            device="meta",
-        )
+        options = (kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        shape = self.take_options(in_channels, out_channels, *options)
+        shape = (filters or out_channels, *shape[1:])
         if act not in ACTIVATIONS:
             raise ValueError(f"act must be one of {', '.join(sorted(ACTIVATIONS))}, not {act!r}")
-        if not 0 <= sparsity < 1 or out_channels % groups:
+        if not 0 <= sparsity < 1 or shape[0] % groups:
             raise ValueError(
-                f"sparsity must be from 0 to below 1 and out_channels divisible by groups, not {sparsity} and "
-                f"{out_channels} by {groups}"
+                f"sparsity must be from 0 to below 1 and filters divisible by groups, not {sparsity} and "
+                f"{shape[0]} by {groups}"
             )
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride, self.dilation = pair(kernel_size), pair(stride), pair(dilation)
-        self.padding = padding if isinstance(padding, str) else pair(padding)
-        self.padding_mode = padding_mode
-        self.pads = ConvGeometry.of(template).padding
         self.sparsity, self.seed, self.act, self.stream = sparsity, seed, act, stream
-        shape = tuple(template.weight.shape)
         self.weight = nn.Parameter(torch.empty(out_channels, shape[0] // groups, 1, 1, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         fixed = torch.empty(shape, device=device, dtype=dtype)
@@ -189,7 +174,7 @@ class LocalBinaryConv2d(MixLayer):
 
     def _padded(self, input: Tensor) -> tuple[Tensor, Pair]:
         """The input padded where the op cannot, and the padding left to the op."""
-        left, right, top, bottom = self.pads
+        left, right, top, bottom = self.geometry.padding
         if self.padding_mode == "zeros" and left == right and top == bottom:
             return input, (top, left)
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -305,15 +290,7 @@ class Lbc(OperatorConfig):
 
     def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool, site: Site | None = None) -> Built:
         layer = LocalBinaryConv2d(
-            conv.in_channels,
-            conv.out_channels,
-            pair(conv.kernel_size),
-            pair(conv.stride),
-            conv.padding,  # type: ignore[arg-type]
-            pair(conv.dilation),
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,
+            **conv_options(conv),
             filters=self.filters,
             sparsity=self.sparsity,
             seed=self.seed,

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from convsurgery.errors import ConvSurgeryError
-from convsurgery.geometry import ConvGeometry, Cost, Site, pair
+from convsurgery.geometry import Cost, Site
 from convsurgery.operators.base import Built, Fitter, Start
-from convsurgery.operators.layer import OperatorLayer
+from convsurgery.operators.layer import OperatorLayer, conv_options
 from convsurgery.operators.moments import Moments
 from convsurgery.operators.precision import REDUCED
 
@@ -69,26 +69,11 @@ class Kervolution2d(OperatorLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        # A meta Conv2d checks every option with torch's own messages and allocates nothing.
-        template = nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,  # type: ignore[arg-type]
-            device="meta",
+        shape = self.take_options(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode
         )
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride, self.dilation = pair(kernel_size), pair(stride), pair(dilation)
-        self.padding = padding if isinstance(padding, str) else pair(padding)
-        self.padding_mode = padding_mode
         self.centered = centered
-        self.geometry = ConvGeometry.of(template)
-        self.weight = nn.Parameter(torch.empty(template.weight.shape, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         if bias:
             self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
         else:
@@ -162,20 +147,7 @@ class Kervolution2d(OperatorLayer):
     @classmethod
     def like(cls, conv: nn.Conv2d | Kervolution2d, *, centered: bool, **options: Any) -> Self:
         """A layer with the geometry, mode and very Parameter objects of ``conv``."""
-        layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            pair(conv.kernel_size),
-            pair(conv.stride),
-            conv.padding,  # type: ignore[arg-type]
-            pair(conv.dilation),
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,
-            centered=centered,
-            device="meta",
-            **options,
-        )
+        layer = cls(**conv_options(conv), centered=centered, device="meta", **options)
         layer.weight, layer.bias = conv.weight, conv.bias
         if cls.hyper_name:
             layer._buffers[cls.hyper_name] = None  # the caller sets it, on the right device

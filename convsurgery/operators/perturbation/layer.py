@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convsurgery.errors import ModelError
-from convsurgery.geometry import ConvGeometry, Pair, pair
+from convsurgery.geometry import Pair, pair
 from convsurgery.operators import noise as random
 from convsurgery.operators.activations import ACTIVATIONS
 from convsurgery.operators.base import Fitter
@@ -87,29 +87,12 @@ class Perturbation2d(MixLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        # A meta Conv2d checks every option with torch's own messages and allocates nothing.
-        template = nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,  # type: ignore[arg-type]
-            device="meta",
-        )
+        self.take_options(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         for name, value, known in (("noise", noise, NOISES), ("pool", pool, ("max", "avg")), ("act", act, ACTIVATIONS)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(sorted(known))}, not {value!r}")
         if fanout < 1 or not level > 0:
             raise ValueError(f"fanout must be at least 1 and level above 0, not {fanout} and {level}")
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride, self.dilation = pair(kernel_size), pair(stride), pair(dilation)
-        self.padding = padding if isinstance(padding, str) else pair(padding)
-        self.padding_mode = padding_mode
-        self.geometry = ConvGeometry.of(template)
         self.grid = Grid.of(self.geometry)
         self.fanout, self.level, self.noise, self.seed, self.act = fanout, level, noise, seed, act
         self.shared, self.pool, self.resize, self.centered, self.stream = shared, pool, resize, centered, stream

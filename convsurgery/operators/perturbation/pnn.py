@@ -12,6 +12,7 @@ from convsurgery.errors import ArgumentError, ConversionError
 from convsurgery.geometry import ConvGeometry, Cost, Site, pair
 from convsurgery.operators.activations import ACTIVATIONS
 from convsurgery.operators.base import Built, OperatorConfig, Start, option, register_operator
+from convsurgery.operators.layer import conv_options
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
 from convsurgery.operators.perturbation.grid import Grid
 from convsurgery.operators.perturbation.layer import Perturbation2d
@@ -206,18 +207,11 @@ class Pnn(OperatorConfig):
             start.name == "fit" and pointwise and self.refuses_start("neutral", site) is None
         )
         fanout = self._fanout(ConvGeometry.of(conv))
+        reach = [d * (k - 1) + 1 for k, d in zip(pair(conv.kernel_size), pair(conv.dilation), strict=True)]
         layer = Perturbation2d(
-            conv.in_channels,
-            conv.out_channels,
+            **conv_options(conv),
             # Only the options count here; the masks are drawn below, at the size the site has.
-            [d * (k - 1) + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)],  # type: ignore[arg-type]
-            pair(conv.kernel_size),
-            pair(conv.stride),
-            conv.padding,  # type: ignore[arg-type]
-            pair(conv.dilation),
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,
+            image_size=(reach[0], reach[1]),
             fanout=fanout,
             level=self.level,
             noise=self.noise or "none",
