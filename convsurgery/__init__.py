@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from convsurgery.operators import KervPoly as KervPoly
     from convsurgery.operators import KervSigmoid as KervSigmoid
     from convsurgery.operators import Lbc as Lbc
+    from convsurgery.operators import LinearMix as LinearMix
     from convsurgery.operators import OperatorConfig as OperatorConfig
     from convsurgery.operators import OperatorLayer as OperatorLayer
     from convsurgery.operators import Pnn as Pnn
@@ -94,6 +95,7 @@ _LAZY = {
             "KervPoly",
             "KervSigmoid",
             "Lbc",
+            "LinearMix",
             "OperatorConfig",
             "OperatorLayer",
             "Pnn",

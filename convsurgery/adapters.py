@@ -179,8 +179,8 @@ class _Weighted(_Adapted):
         return self._adapter.weight(stored, *(getattr(self, name) for name in self._extras))
 
 
-def _fuse(self: _Adapted) -> nn.Module:
-    """What the operator's own ``fuse`` makes of the effective weight; run-time padding stays."""
+def _simplified(self: _Adapted, how: str) -> nn.Module:
+    """What the operator's own ``fuse`` or ``fold`` makes of the effective weight; run-time padding stays."""
     bare = self._operator.__new__(self._operator)
     bare.__dict__.update(self.__dict__, _parameters=dict(self._parameters), _buffers=dict(self._buffers))
     if isinstance(self, _Weighted):
@@ -188,10 +188,18 @@ def _fuse(self: _Adapted) -> nn.Module:
             for held in (bare._parameters, bare._buffers, bare.__dict__):
                 held.pop(name, None)
         bare._parameters["weight"] = nn.Parameter(self.weight.detach(), requires_grad=False)
-    fused: nn.Module = bare.fuse()  # type: ignore[operator]
+    fused: nn.Module = getattr(bare, how)()
     if not isinstance(self, _Padded):
         return fused
     return _dress(fused, Adapter(same=True), self._window)
+
+
+def _fuse(self: _Adapted) -> nn.Module:
+    return _simplified(self, "fuse")
+
+
+def _fold(self: _Adapted) -> nn.Module:
+    return _simplified(self, "fold")
 
 
 def _reset_parameters(self: _Weighted, *args: Any, **kwargs: Any) -> None:
@@ -213,8 +221,9 @@ def _subclass(operator: type[nn.Module], adapter: Adapter) -> type[nn.Module]:
     # FX tracers keep the modules of torch.nn whole. Let in, they would copy the effective weight for the Parameter.
     members["__module__"] = nn.Module.__module__
     # timm and others act on whether a module has these.
-    if hasattr(operator, "fuse"):
-        members["fuse"] = _fuse
+    for method, own in (("fuse", _fuse), ("fold", _fold)):
+        if hasattr(operator, method):
+            members[method] = own
     if weighted and hasattr(operator, "reset_parameters"):
         members["reset_parameters"] = _reset_parameters
     return type(name, bases, members)

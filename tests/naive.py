@@ -170,3 +170,20 @@ def local_binary(layer: nn.Module, x: Tensor) -> Tensor:
     mix = layer.weight.detach().double().flatten(1).unflatten(0, (layer.groups, -1))
     y = torch.einsum("gom,ngml->ngol", mix, maps).flatten(1, 2).unflatten(2, (height, width))
     return y if layer.bias is None else y + layer.bias.detach().double().view(-1, 1, 1)
+
+
+def linear_mixed(layer: nn.Module, x: Tensor) -> Tensor:
+    """``K_dw ∗ x + M x + b``: the patch matrix of every channel, and its column for the middle tap."""
+    if x.dim() == 3:
+        return linear_mixed(layer, x.unsqueeze(0)).squeeze(0)
+    columns, size = patches(x.detach().double(), layer)
+    kh, kw = layer.kernel_size
+    windows = columns.unflatten(1, (layer.groups, -1, kh * kw))  # (N, g, C_in/g, taps, L)
+    middle = windows[:, :, :, (kh - 1) // 2 * kw + (kw - 1) // 2]
+    mix = layer.mix.detach().double().flatten(1).unflatten(0, (layer.groups, -1))
+    y = torch.einsum("gok,ngkl->ngol", mix, middle)
+    each = min(y.shape[2], windows.shape[2])
+    kernels = layer.weight.detach().double().flatten(1).unflatten(0, (layer.groups, each))
+    y[:, :, :each] += torch.einsum("gct,ngctl->ngcl", kernels, windows[:, :, :each])
+    y = y.flatten(1, 2).unflatten(2, size)
+    return y if layer.bias is None else y + layer.bias.detach().double().view(-1, 1, 1)

@@ -203,7 +203,7 @@ TABLE = (
 
 @dataclass(frozen=True)
 class MixRow:
-    """An operator that makes features of the image and mixes them by a learned 1x1 convolution.
+    """An operator whose learned part is a 1x1 mix, of features of the image or beside something else.
 
     Attributes:
         rule: the target.
@@ -252,7 +252,12 @@ def _lbc(rule: str, **bounds: Any) -> MixRow:
     return MixRow(rule, naive.local_binary, "local_binary_conv2d", "LocalBinaryConv2d", **bounds)
 
 
+def _linear_mix(rule: str) -> MixRow:
+    return MixRow(rule, naive.linear_mixed, "linear_mix2d", "LinearMix2d")
+
+
 MIXES = (
+    _linear_mix("linear-mix(extend=true)"),
     _pnn("pnn"),
     _pnn("pnn(fanout=3, level=0.5)"),
     _pnn("pnn(masks=8, noise=gaussian, shared=true, pool=avg)"),

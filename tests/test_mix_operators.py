@@ -27,6 +27,7 @@ from convsurgery.geometry import ConvGeometry, pair
 from convsurgery.operators import OperatorLayer, bind
 from convsurgery.operators.activations import ACTIVATIONS
 from convsurgery.operators.lbc import LocalBinaryConv2d
+from convsurgery.operators.linear_mix import LinearMix2d
 from convsurgery.operators.perturbation import Perturbation2d
 from convsurgery.rules import parse_target
 
@@ -93,6 +94,10 @@ def test_every_legal_geometry(drawn: tuple[dict[str, Any], tuple[int, ...]]) -> 
         assert naive.error(layer(x) + 10, row.naive(layer, x) + 10) <= 1e-14
         assert torch.isfinite(layer(x)).all()
     filters = 2 * conv.groups
+    layer = MixRow("linear-mix(extend=true)", naive.linear_mixed, "", "").layer(conv, size, "random")
+    assert layer(x).shape == conv(x).shape
+    assert naive.error(layer(x) + 10, naive.linear_mixed(layer, x) + 10) <= 1e-14
+    assert naive.error(layer.fuse()(x) + 10, layer(x) + 10) <= 1e-14
     row = MixRow(f"lbc(filters={filters})", naive.local_binary, "", "")
     layer = row.layer(conv, size, "random")
     assert layer(x).shape == conv(x).shape
@@ -538,7 +543,7 @@ def test_copies_share_nothing(row: MixRow) -> None:
 def test_fused_layer_computes_the_same(row: MixRow, geometry: str) -> None:
     layer, conv, x = make_layer(row, geometry, torch.float64, False)
     wanted = layer(x).detach()
-    fused = layer.fuse()
+    fused = layer.fold()
     assert torch.equal(fused(x), wanted)
     assert not any(p.requires_grad for p in fused.parameters())
     gain, bias = (torch.linspace(low, 2, conv.out_channels).double() for low in (-0.5, -1))
@@ -568,6 +573,8 @@ def test_functional_form_is_the_layer(row: MixRow) -> None:
     for images in (x, x[0]):
         if isinstance(layer, Perturbation2d):
             got = CF.perturbation(images, layer.weight, layer.masks, layer.bias, act=layer.act, groups=2)
+        elif isinstance(layer, LinearMix2d):
+            got = CF.linear_mix(images, layer.weight, layer.mix, layer.bias, padding=1, groups=2)
         else:
             got = CF.local_binary_conv(
                 images, layer.weight, layer.filters, layer.bias, padding=1, groups=2, act=layer.act

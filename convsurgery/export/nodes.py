@@ -107,8 +107,11 @@ def attach_functions(model: onnx.ModelProto) -> None:
 def _form(function: OnnxFunction, node: onnx.NodeProto) -> NodeForm:
     attributes = {a.name: a.i for a in node.attribute if a.type == onnx.AttributeProto.INT}
     words = {a.name: a.s.decode() for a in node.attribute if a.type == onnx.AttributeProto.STRING}
+    lists = {a.name: tuple(a.ints) for a in node.attribute if a.type == onnx.AttributeProto.INTS}
     names = _inputs(function)
-    return NodeForm(attributes, frozenset(name for name, value in zip(names, node.input, strict=False) if value), words)
+    return NodeForm(
+        attributes, frozenset(name for name, value in zip(names, node.input, strict=False) if value), words, lists
+    )
 
 
 def _proto(function: OnnxFunction, form: NodeForm, overload: str, model: onnx.ModelProto) -> onnx.FunctionProto:

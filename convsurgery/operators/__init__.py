@@ -1,6 +1,6 @@
 """What can take a convolution's place. Importing this package registers all operators of the project."""
 
-from convsurgery.operators import block, conv, fused, kervolution, lbc, perturbation
+from convsurgery.operators import block, conv, diffusion, fused, kervolution, lbc, linear_mix, perturbation
 from convsurgery.operators.base import (
     Built,
     Fitter,
@@ -18,6 +18,7 @@ from convsurgery.operators.fused import Fused
 from convsurgery.operators.kervolution import KervGauss, KervL1, KervL2, KervLinear, KervPoly, KervSigmoid
 from convsurgery.operators.layer import OperatorLayer
 from convsurgery.operators.lbc import Lbc
+from convsurgery.operators.linear_mix import LinearMix
 from convsurgery.operators.perturbation import Pnn
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "KervPoly",
     "KervSigmoid",
     "Lbc",
+    "LinearMix",
     "OperatorConfig",
     "OperatorLayer",
     "Pnn",
@@ -40,9 +42,11 @@ __all__ = [
     "bind",
     "block",
     "conv",
+    "diffusion",
     "fused",
     "kervolution",
     "lbc",
+    "linear_mix",
     "list_operators",
     "operator",
     "option",

@@ -63,9 +63,13 @@ class OperatorLayer(nn.Module):
         self.geometry = ConvGeometry.of(template)
         return tuple(template.weight.shape)
 
-    def fuse(self) -> Self:
+    def fold(self) -> Self:
         """A copy for deployment: constants folded, nothing learnable, the same function up to rounding."""
         raise NotImplementedError
+
+    def fuse(self) -> nn.Module:
+        """What timm's ``reparameterize_model`` puts in this layer's place: :meth:`fold`, or something simpler."""
+        return self.fold()
 
     def absorb_affine(self, gain: Tensor, bias: Tensor) -> bool:
         """Follow this layer by ``gain · y + bias`` (both (C_out,)), folded into its weights.

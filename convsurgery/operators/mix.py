@@ -26,16 +26,16 @@ class MixLayer(OperatorLayer):
         """What the mix combines, (N, groups · K, H', W') at the size of the output."""
         raise NotImplementedError
 
-    def fuse(self) -> Self:
-        fused = copy.copy(self)
-        fused._parameters, fused._buffers = {}, dict(self._buffers)
+    def fold(self) -> Self:
+        folded = copy.copy(self)
+        folded._parameters, folded._buffers = {}, dict(self._buffers)
         for name, parameter in self._parameters.items():
             if name in ("weight", "bias"):
                 kept = None if parameter is None else nn.Parameter(parameter.detach().clone(), requires_grad=False)
-                fused._parameters[name] = kept
+                folded._parameters[name] = kept
             else:
-                fused._buffers[name] = None if parameter is None else parameter.detach().clone()
-        return fused
+                folded._buffers[name] = None if parameter is None else parameter.detach().clone()
+        return folded
 
     def absorb_affine(self, gain: Tensor, bias: Tensor) -> bool:
         old = 0 if self.bias is None else self.bias.detach().double()

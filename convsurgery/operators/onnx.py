@@ -25,11 +25,13 @@ class NodeForm:
         attributes: the node's integer attributes (``degree``, ``centered``, ``group``, ...).
         present: names of the optional inputs that are given.
         words: the node's text attributes (``act``, ``pool``, ...).
+        lists: its lists of integers (``pads``, ``strides``, ...).
     """
 
     attributes: Mapping[str, int]
     present: frozenset[str]
     words: Mapping[str, str] = field(default_factory=dict)
+    lists: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
     def centered(self) -> bool:

@@ -30,7 +30,7 @@ def fuse(model: nn.Module) -> nn.Module:
     for name, module in list(fused.named_modules()):
         if not isinstance(module, OperatorLayer):
             continue
-        new = module.fuse()
+        new = module.fold()
         norm_name = next((after[alias] for alias in names[id(module)] if alias in after), None)
         rest = None if norm_name is None else without_affine(modules[norm_name])
         if norm_name is not None and rest is not None and new.absorb_affine(*batchnorm_affine(modules[norm_name])):

@@ -187,10 +187,10 @@ class Kervolution2d(OperatorLayer):
 
     # -- deployment
 
-    def fuse(self) -> Self:
+    def fold(self) -> Self:
         """This layer with its constants folded: scale into the filters, offset into the bias, nothing learnable.
 
-        Computes the same up to rounding; timm's ``reparameterize_model`` finds it by this name. Half-precision layers
+        Computes the same up to rounding. Half-precision layers
         keep their scale, which their filters could not hold.
         """
         fused = type(self).like(self, centered=self.centered, **self.options())
