@@ -53,6 +53,9 @@ if TYPE_CHECKING:
     from convsurgery.operators import OperatorConfig as OperatorConfig
     from convsurgery.operators import OperatorLayer as OperatorLayer
     from convsurgery.operators import Pnn as Pnn
+    from convsurgery.operators import RDCirculant as RDCirculant
+    from convsurgery.operators import RDExplicit as RDExplicit
+    from convsurgery.operators import RDImplicit as RDImplicit
     from convsurgery.operators import register_operator as register_operator
     from convsurgery.rules import parse as parse
     from convsurgery.surgery import Plan as Plan
@@ -99,6 +102,9 @@ _LAZY = {
             "OperatorConfig",
             "OperatorLayer",
             "Pnn",
+            "RDCirculant",
+            "RDExplicit",
+            "RDImplicit",
             "register_operator",
         ),
         "convsurgery.operators",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from convsurgery.adapt.evaluation import evaluate
 from convsurgery.adapt.finetuning import finetune
 from convsurgery.adapt.fitting import Fit, fit_layers
 from convsurgery.errors import ConversionError, ModelError
+from convsurgery.geometry import Block
 from convsurgery.graph import Template, copy_model, observe
 from convsurgery.operators import Start, list_operators
 from convsurgery.rules import PatternSelector, RulesLike, as_rules, list_selectors, parse_selector
@@ -191,15 +193,24 @@ def convert_(
 
 def _fittable(edits: Sequence[Entry]) -> dict[str, Fit]:
     """The operators to fit, in execution order: those that start by fit, or with the weights but not the function."""
-    fits = {}
+    fits: dict[str, Fit] = {}
     for entry in edits:
-        start, site = entry.start, entry.site
-        if start is None or entry.block is not None:
+        start, site, block = entry.start, entry.site, entry.block
+        if start is None:
             continue
-        if start.name == "fit" or (start.name == "copy" and entry.exactness == "none"):
-            ridge = start.value if start.name == "fit" else None
+        ridge = start.value if start.name == "fit" else None
+        if block is not None:
+            if start.name == "fit":
+                fits[_child(block, fits)] = Fit(ridge, branch=(block.members[0], block.members[-1]))
+        elif start.name == "fit" or (start.name == "copy" and entry.exactness == "none"):
             fits[site.name] = Fit(ridge, None if site.geometry.bias else site.batchnorm)
     return fits
+
+
+def _child(block: Block, taken: Mapping[str, Fit]) -> str:
+    """The name that the module in a block's place got under the block's owner."""
+    names = (f"{block.owner}.{block.pattern}{f'_{i}' if i else ''}".lstrip(".") for i in itertools.count())
+    return next(name for name in names if name not in taken)
 
 
 def _needs_no_data(made: Plan) -> None:

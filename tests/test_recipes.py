@@ -159,24 +159,31 @@ def test_a_rule_that_does_not_fit_is_told_before_anything_is_written(written: Pa
     assert not Path("run").exists()
 
 
+def test_a_recipe_may_only_train(written: Path) -> None:
+    changes = ["convert=null", "calibrate=null", "pretrain=null", "model.name=rdnet_a", "model.kwargs={in_chans: 1}"]
+    recipe = read_recipe(written, [*changes, "model.img_size=16", "finetune.teacher=none", "finetune.epochs=1"])
+    model = run_recipe(recipe, console=Console(file=io.StringIO()))
+    assert torch.equal(cs.load("run/model")(torch.ones(1, 1, 16, 16)), model(torch.ones(1, 1, 16, 16)))
+    with pytest.raises(RecipeError, match="calibrate fits what a conversion put in place"):
+        read_recipe(written, ["convert=null"])
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_that_come_along(path: Path) -> None:
     recipe = read_recipe(path)
-    with torch.device("meta"):
-        made = cs.plan(
-            cs.create_model(
-                recipe.model.name,
-                num_classes=recipe.model.num_classes,
-                img_size=recipe.model.img_size,
-                device="meta",
-                **(recipe.model.kwargs or {}),
-            ),
-            recipe.convert.rule,
-            start=recipe.convert.start,
-        )
-    assert made.edits
-    assert not made.skips
+    kwargs = {"num_classes": recipe.model.num_classes, "img_size": recipe.model.img_size, **(recipe.model.kwargs or {})}
+    model = cs.create_model(recipe.model.name, device="meta", **kwargs)
+    if recipe.convert is not None:
+        assert cs.plan(model, recipe.convert.rule, start=recipe.convert.start).edits
+    else:
+        assert recipe.finetune is not None
 
 
 def test_there_are_recipes() -> None:
-    assert {path.stem for path in RECIPES} >= {"pnn_resnet18_cifar", "pnn_resnet50_cifar", "pnn_resnet18_digits"}
+    assert {path.stem for path in RECIPES} >= {
+        "pnn_resnet18_cifar",
+        "pnn_resnet50_cifar",
+        "pnn_resnet18_digits",
+        "rd_resnet18_digits",
+        "rdnet_cifar10",
+    }

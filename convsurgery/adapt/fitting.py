@@ -23,10 +23,13 @@ class Fit:
     Attributes:
         ridge: strength of the penalty; None for the operator's own.
         batchnorm: name of the BatchNorm that alone consumes its output, to take an offset the operator cannot hold.
+        branch: for the place of a residual block, the first and the last module of its branch in the original: the
+            first is given y, the last gives what is added to it.
     """
 
     ridge: float | None = None
     batchnorm: str | None = None
+    branch: tuple[str, str] | None = None
 
 
 def fit_layers(
@@ -74,10 +77,12 @@ def fit_layers(
 def _fit(model: nn.Module, reference: nn.Module, name: str, fit: Fit, batches: Any) -> float:
     norm, original = (_running_mean(part, fit.batchnorm) for part in (model, reference))
     layer = model.get_submodule(name)
-    conv = dict(reference.named_modules(remove_duplicate=False)).get(name)
-    if not isinstance(conv, nn.Conv2d):
-        raise ConversionError(f"the teacher has no convolution {name!r}: it must be the model before conversion")
-    fitter = layer.fitter(conv, fit.ridge, shift=norm is not None) if isinstance(layer, OperatorLayer) else None
+    parts = dict(reference.named_modules(remove_duplicate=False))
+    first, last = (parts.get(each) for each in fit.branch or (name, name))
+    if first is None or last is None or (fit.branch is None and not isinstance(first, nn.Conv2d)):
+        missing = name if fit.branch is None else fit.branch[0 if first is None else 1]
+        raise ConversionError(f"the teacher has no convolution {missing!r}: it must be the model before conversion")
+    fitter = layer.fitter(last, fit.ridge, shift=norm is not None) if isinstance(layer, OperatorLayer) else None
     if fitter is None or not isinstance(layer, OperatorLayer):
         raise ConversionError(f"{name}, a {type(layer).__name__}, has no closed-form fit")
     seen: list[tuple[Tensor, Tensor]] = []
@@ -85,8 +90,17 @@ def _fit(model: nn.Module, reference: nn.Module, name: str, fit: Fit, batches: A
     # What comes behind may work in place, so that both are copied.
     handles = [
         layer.register_forward_hook(lambda _, args, out: seen.append((args[0].detach().clone(), out.detach().clone()))),
-        conv.register_forward_hook(lambda _, args, out: wanted.append(out.detach().clone())),
+        last.register_forward_hook(lambda _, args, out: wanted.append(out.detach().clone())),
     ]
+    if fit.branch is not None:
+        # y itself, before the branch can work on it in place
+        begun: list[Tensor] = []
+
+        def add_input(*_: Any) -> None:  # a hook that returned something would change the model's own output
+            wanted[-1].add_(begun.pop())
+
+        handles.append(first.register_forward_pre_hook(lambda _, args: begun.append(args[0].detach().clone())))
+        handles.append(last.register_forward_hook(add_input))
     home, its_home = (next(part.parameters()).device for part in (model, reference))
     try:
         while True:
@@ -97,9 +111,11 @@ def _fit(model: nn.Module, reference: nn.Module, name: str, fit: Fit, batches: A
                     reference(images.to(its_home))
                 if len(seen) != len(wanted):
                     raise ConversionError(f"{name} is called {len(seen)} times, its convolution {len(wanted)} times")
-                for (given, out), target in zip(seen, wanted, strict=True):
+                pairs = list(zip(seen, wanted, strict=True))
+                for (given, out), target in pairs:
                     fitter.add(layer.prepared(given), out, target.to(out.device))
-                count += len(seen)
+                count += len(pairs)
+                # A fit may have called the layer itself.
                 seen.clear()
                 wanted.clear()
             if not count:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import onnx
@@ -35,7 +35,7 @@ def _schema(function: OnnxFunction, optional: set[str]) -> defs.OpSchema:
         defs.OpSchema.FormalParameter(name, "T", param_option=kinds.Optional if name in optional else kinds.Single)
         for name in _inputs(function)
     ]
-    integers = [*function.attributes, function.window["groups"]]
+    integers = [*function.attributes, *(v for k, v in function.window.items() if k == "groups")]
     lists = [name for name in function.window.values() if name not in integers]
     attributes = [
         *(defs.OpSchema.Attribute(name, defs.OpSchema.AttrType.STRING, "", required=True) for name in function.strings),
@@ -94,9 +94,10 @@ def attach_functions(model: onnx.ModelProto) -> None:
     """
     functions = _functions()
     attached: dict[tuple[str, str], onnx.FunctionProto] = {}
+    shapes = _shapes(model.graph)
     for node in custom_nodes(model):
         function = functions[node.op_type]
-        form = _form(function, node)
+        form = _form(function, node, shapes)
         node.overload = function.overload(form)
         key = (node.op_type, node.overload)
         if key not in attached:
@@ -104,14 +105,23 @@ def attach_functions(model: onnx.ModelProto) -> None:
     model.functions.extend(attached.values())
 
 
-def _form(function: OnnxFunction, node: onnx.NodeProto) -> NodeForm:
+def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
+    """Of every value whose rank is known; -1 for a dynamic size."""
+    found = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        dims = value.type.tensor_type.shape.dim
+        found[value.name] = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in dims)
+    return found
+
+
+def _form(function: OnnxFunction, node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> NodeForm:
     attributes = {a.name: a.i for a in node.attribute if a.type == onnx.AttributeProto.INT}
     words = {a.name: a.s.decode() for a in node.attribute if a.type == onnx.AttributeProto.STRING}
     lists = {a.name: tuple(a.ints) for a in node.attribute if a.type == onnx.AttributeProto.INTS}
     names = _inputs(function)
-    return NodeForm(
-        attributes, frozenset(name for name, value in zip(names, node.input, strict=False) if value), words, lists
-    )
+    given = {name: value for name, value in zip(names, node.input, strict=False) if value}
+    known = {name: shapes[value] for name, value in given.items() if value in shapes}
+    return NodeForm(attributes, frozenset(given), words, lists, known)
 
 
 def _proto(function: OnnxFunction, form: NodeForm, overload: str, model: onnx.ModelProto) -> onnx.FunctionProto:

@@ -14,6 +14,7 @@ from convsurgery.operators.base import (
 )
 from convsurgery.operators.block import Block
 from convsurgery.operators.conv import Conv
+from convsurgery.operators.diffusion import RDCirculant, RDExplicit, RDImplicit
 from convsurgery.operators.fused import Fused
 from convsurgery.operators.kervolution import KervGauss, KervL1, KervL2, KervLinear, KervPoly, KervSigmoid
 from convsurgery.operators.layer import OperatorLayer
@@ -38,6 +39,9 @@ __all__ = [
     "OperatorConfig",
     "OperatorLayer",
     "Pnn",
+    "RDCirculant",
+    "RDExplicit",
+    "RDImplicit",
     "Start",
     "bind",
     "block",

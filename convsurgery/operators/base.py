@@ -216,6 +216,10 @@ class OperatorConfig:
         """Why this operator cannot stand at ``site``, or None when it can."""
         return None
 
+    def takes(self) -> tuple[str, ...]:
+        """The patterns whose place this config takes; empty where it takes the place of one convolution."""
+        return self.patterns
+
     def note(self, site: Site) -> str | None:
         """What of the convolution falls away at ``site``, in a few words for the plan; None when nothing does."""
         return None

@@ -26,12 +26,14 @@ class NodeForm:
         present: names of the optional inputs that are given.
         words: the node's text attributes (``act``, ``pool``, ...).
         lists: its lists of integers (``pads``, ``strides``, ...).
+        shapes: of its inputs, as far as they are known; a dynamic size is -1.
     """
 
     attributes: Mapping[str, int]
     present: frozenset[str]
     words: Mapping[str, str] = field(default_factory=dict)
     lists: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def centered(self) -> bool:

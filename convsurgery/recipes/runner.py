@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from convsurgery import api
 from convsurgery.adapt.data import DataSplit, load_data
 from convsurgery.adapt.evaluation import EvalResult
 from convsurgery.errors import RecipeError
-from convsurgery.recipes.schema import Recipe
+from convsurgery.recipes.schema import ConvertStep, Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,26 +56,17 @@ class _Run:
         torch.manual_seed(recipe.seed)
         model = self._model()
         # Rules and data are read before anything takes time.
-        plan = api.plan(model, recipe.convert.rule, start=recipe.convert.start)
+        if recipe.convert is not None:
+            api.plan(model, recipe.convert.rule, start=recipe.convert.start)
         data = self._data(model, augment=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         if recipe.pretrain is not None:
             self._say(f"train {recipe.model.name}")
             api.finetune(model, data, config=recipe.pretrain)
         self._measure("original", model, data)
-        self._say(f"convert: {recipe.convert.rule}")
-        images = self._images(model)
-        errors: dict[str, float] = {}
-        new = api.convert(
-            model, recipe.convert.rule, start=recipe.convert.start, calibration=images, on_layer=errors.__setitem__
-        )
-        done = api.record(new)
-        self.console.print(str(done.plans[-1] if done else plan), markup=False)
-        if errors and images is not None:
-            self._say(f"calibrated on {len(images)} images: relative error left at each layer")
-            for name, error in errors.items():
-                self.console.print(f"  {name}  {error:.3f}")
-        self._measure("converted", new, data, model)
+        new = copy.deepcopy(model) if recipe.convert is None else self._converted(model, recipe.convert)
+        if recipe.convert is not None:
+            self._measure("converted", new, data, model)
         if recipe.finetune is not None:
             self._say("fine-tune")
             teacher = model if recipe.finetune.teacher == "original" else None
@@ -132,6 +124,19 @@ class _Run:
             augment=augment and not (tuned is not None and tuned.no_aug),
             download=step.download,
         )
+
+    def _converted(self, model: nn.Module, step: ConvertStep) -> nn.Module:
+        self._say(f"convert: {step.rule}")
+        images = self._images(model)
+        errors: dict[str, float] = {}
+        new = api.convert(model, step.rule, start=step.start, calibration=images, on_layer=errors.__setitem__)
+        done = api.record(new)
+        self.console.print(str(done.plans[-1] if done else ""), markup=False)
+        if errors and images is not None:
+            self._say(f"calibrated on {len(images)} images: relative error left at each layer")
+            for name, error in errors.items():
+                self.console.print(f"  {name}  {error:.3f}")
+        return new
 
     def _images(self, model: nn.Module) -> Tensor | None:
         """The first training images, as validation would see them."""

@@ -81,7 +81,7 @@ class Recipe:
         output: folder to write.
         seed: of training, data order and weights.
         pretrain: training of the model before conversion, for one that has no weights; skipped when absent.
-        convert: the conversion.
+        convert: the conversion; without it the model is trained and exported as it is.
         calibrate: closed-form fits on data; skipped when absent.
         finetune: training after conversion; skipped when absent.
         export: the ONNX file; skipped when absent.
@@ -89,8 +89,8 @@ class Recipe:
 
     model: ModelStep
     data: DataStep
-    convert: ConvertStep
     output: str
+    convert: ConvertStep | None = None
     seed: int = 42
     pretrain: FinetuneConfig | None = None
     calibrate: CalibrateStep | None = None
@@ -198,7 +198,7 @@ class _Reader:
 
     def recipe(self, data: Mapping[str, Any]) -> Recipe:
         self._known(data, _fields(Recipe), "")
-        for key in ("model", "data", "convert", "output"):
+        for key in ("model", "data", "output"):
             if data.get(key) is None:
                 raise RecipeError(f"{self.file}: a recipe needs {key!r}")
         values: dict[str, Any] = {"output": self._value(data["output"], "str", "output")}
@@ -216,6 +216,8 @@ class _Reader:
                     "finetune.teacher", f"teacher cannot be {teacher!r}; {nearest(str(teacher), _TEACHERS)}"
                 )
             values["finetune"] = FinetuneStep(self._settings(settings, seed, "finetune", "teacher"), teacher)
+        if "calibrate" in values and "convert" not in values:
+            raise self.error("calibrate", "calibrate fits what a conversion put in place: there is no convert")
         if values["data"].dataset is None and values["data"].dir is None:
             raise self.error("data", "data needs a dataset (digits, torch/cifar10, ...) or dir, a folder of images")
         return Recipe(**values)

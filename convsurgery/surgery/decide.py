@@ -46,7 +46,7 @@ class _Decision:
         # All rules are bound before any work is done, so that a mistake in the last one is told at once.
         self.configs = [None if rule.keeps else bind(rule.target) for rule in rules]
         self.starts = [
-            None if config is None else _start(rule, config, start)
+            None if config is None else _start(rule, config, start, data)
             for rule, config in zip(rules, self.configs, strict=True)
         ]
         for rule, config in zip(rules, self.configs, strict=True):
@@ -122,7 +122,7 @@ class _Decision:
             for site in sites:
                 self._stays(site, "kept", number)
             return
-        if not config.patterns:
+        if not config.takes():
             if len(sites) != 1:
                 raise _several(rule, config)
             self._replace(sites[0], config, rule, number)
@@ -199,9 +199,9 @@ def _pattern(selector: Selector | PatternSelector) -> str | Template:
     return code if isinstance(code, Template) else Template(code)  # type: ignore[arg-type]
 
 
-def _start(rule: Rule, config: OperatorConfig, wanted: Start | None) -> Start:
+def _start(rule: Rule, config: OperatorConfig, wanted: Start | None, data: bool) -> Start:
     try:
-        return config.start_for(wanted)
+        return config.start_for(wanted, data=data)
     except ArgumentError as error:
         raise rule.target.error(error.message, hint=error.hint) from None
 
@@ -210,19 +210,19 @@ def _check_kind(rule: Rule, config: OperatorConfig) -> None:
     """Whether the operator replaces what the selector names: one convolution, or a block."""
     selector = rule.selector
     if not selector.structural:
-        if config.patterns:
-            patterns = [p for p in config.patterns if p != "*"] or ["residual"]
+        if config.takes():
+            patterns = [p for p in config.takes() if p != "*"] or ["residual"]
             raise rule.target.error(
                 f"{config.name} takes the place of several layers, and {selector} names single convolutions",
                 hint=f"write {patterns[0]}->{config}",
             )
         return
     name = selector.place if isinstance(selector, Selector) else ""
-    if not config.patterns:
+    if not config.takes():
         if name and name not in _AROUND_ONE:
             raise _several(rule, config)
-    elif "*" not in config.patterns and name not in config.patterns:
-        taken = " and ".join(config.patterns)
+    elif "*" not in config.takes() and name not in config.takes():
+        taken = " and ".join(config.takes())
         raise rule.target.error(f"{config.name} takes the place of {taken}, not of {selector}", hint=_takers(name))
 
 

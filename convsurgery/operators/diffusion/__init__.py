@@ -2,5 +2,6 @@
 
 from convsurgery.operators.diffusion.layer import ReactionDiffusion2d
 from convsurgery.operators.diffusion.op import reaction_diffusion
+from convsurgery.operators.diffusion.rd import RDCirculant, RDExplicit, RDImplicit
 
-__all__ = ["ReactionDiffusion2d", "reaction_diffusion"]
+__all__ = ["RDCirculant", "RDExplicit", "RDImplicit", "ReactionDiffusion2d", "reaction_diffusion"]

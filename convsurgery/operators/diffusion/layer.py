@@ -13,9 +13,12 @@ from typing_extensions import Self
 
 from convsurgery.errors import ModelError
 from convsurgery.operators.activations import ACTIVATIONS
+from convsurgery.operators.base import Fitter
 from convsurgery.operators.chunks import by_image, worth_chunking
+from convsurgery.operators.diffusion.fitting import Reconstruction
 from convsurgery.operators.diffusion.op import DENSE_CHANNELS, check, spectrum
 from convsurgery.operators.layer import OperatorLayer
+from convsurgery.operators.ridge import RIDGE
 
 __all__ = ["ReactionDiffusion2d"]
 
@@ -145,6 +148,10 @@ class ReactionDiffusion2d(OperatorLayer):
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_kept": None}
+
+    def fitter(self, conv: nn.Module, ridge: float | None = None, *, shift: bool = False) -> Fitter:
+        """Fits the step to what stood in its place; see ``convsurgery.operators.diffusion.fitting``."""
+        return Reconstruction(self, RIDGE if ridge is None else ridge)
 
     def fold(self) -> Self:
         """With the BatchNorm folded into M; for eval mode."""
