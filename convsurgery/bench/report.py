@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from convsurgery.errors import ConvSurgeryError, nearest
 
 __all__ = ["run_bench"]
 
-PARTS = ("ops", "onnx", "convert", "all")
+PARTS = ("ops", "diffusion", "onnx", "convert", "all")
 
 
-def run_bench(what: str = "all", repeats: int = 30, threads: int = 2, as_json: bool = False) -> str:
-    """Run benchmarks and return the report.
+def run_bench(
+    what: str = "all", repeats: int = 30, threads: int = 2, as_json: bool = False, figure: Path | None = None
+) -> str:
+    """Run benchmarks and return the report; ``figure`` is where the diffusion part draws its SVG.
 
     Raises:
         ConvSurgeryError: for a benchmark that does not exist.
@@ -29,6 +32,8 @@ def run_bench(what: str = "all", repeats: int = 30, threads: int = 2, as_json: b
     lines = [results["machine"]]
     if what in ("ops", "all"):
         lines += _operators(results, repeats)
+    if what in ("diffusion", "all"):
+        lines += _diffusion(results, repeats, threads, figure)
     if what in ("onnx", "all"):
         lines += _runtime(results, repeats, threads)
     if what in ("convert", "all"):
@@ -56,6 +61,31 @@ def _operators(results: dict[str, Any], repeats: int) -> list[str]:
         )
     lines += [f"{name}: {factor:.0f}× faster than its unfold form" for name, factor in unfold.items()]
     lines += [f"{rule}: {extra:.2f} outputs of memory beside the output" for rule, extra in memory.items()]
+    return lines
+
+
+def _diffusion(results: dict[str, Any], repeats: int, threads: int, figure: Path | None) -> list[str]:
+    from convsurgery.bench import diffusion
+
+    found = diffusion.bench_diffusion(repeats)
+    nodes = diffusion.bench_diffusion_runtime(repeats, threads)
+    results["diffusion"], results["diffusion in ONNX Runtime"] = found, nodes
+    lines = [
+        f"\nmultiples of the dense 3x3 convolution, batch {diffusion.BATCH}, {diffusion.SIZE}², inference",
+        f"{'channels':<23}{'64':>8}{'128':>8}{'256':>8}  promised",
+    ]
+    for name, ratios in found.items():
+        values = "".join(f"{ratios[channels]:>7.2f}×" for channels in ("64", "128", "256"))
+        bounds = ", ".join(f"≤ {bound:g} at {c}" for c, bound in diffusion.PROMISED[name].items())
+        lines.append(f"{name:<23}{values}  {bounds}")
+    for name, ratios in found.items():
+        if "kernel 11 to 3" in ratios:
+            lines.append(f"{name}, kernel of 11 to one of 3, 256 channels: {ratios['kernel 11 to 3']:.2f}× (≤ 1.1)")
+    for size, ratio in nodes.items():
+        lines.append(f"implicit node in ONNX Runtime to Conv, 256 channels, {size}: {ratio:.2f}× (≤ 0.4)")
+    if figure is not None:
+        diffusion.draw_figure(figure, repeats)
+        lines.append(f"wrote {figure}")
     return lines
 
 
