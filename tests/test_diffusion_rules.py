@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import cache
 from pathlib import Path
 
@@ -146,6 +147,17 @@ def test_fit_of_single_convolutions() -> None:
     assert torch.isfinite(new(images)).all()
 
 
+def test_spectrum_that_is_not_finite_names_its_layer() -> None:
+    model, images, _ = trained()
+    new = cs.convert(model, "residual->rd-implicit")
+    new.layer1[1].residual.weight.data.fill_(float("nan"))
+    with (
+        torch.no_grad(),
+        pytest.raises(cs.ConvSurgeryError, match=r"the spectrum of layer1\.1\.conv1 … layer1\.1\.bn2"),
+    ):
+        new(images[:2])
+
+
 def test_fit_without_images_is_refused() -> None:
     model, _, _ = trained()
     with pytest.raises(ConversionError, match=r"rd-implicit starts by fit, which needs images.*it starts by random"):
@@ -198,3 +210,41 @@ def test_whole_model_is_exported(step: str, tmp_path: Path) -> None:
     parity = cs.export_onnx(new, tmp_path / "model.onnx")
     assert parity is not None
     assert parity.agreement == 1
+
+
+@pytest.mark.parametrize("bound", [0.1, 1e-2, 1e-3])
+@pytest.mark.parametrize("pad", [0, 2])
+def test_truncated_diffusion_keeps_its_bound(bound: float, pad: int, tmp_path: Path) -> None:
+    layer = ReactionDiffusion2d(4, form="implicit", step=0.3, pad=pad, act="identity", norm="none").eval()
+    layer.weight.data.normal_(std=0.2)
+    net, path = nn.Sequential(nn.Conv2d(4, 4, 1), layer), tmp_path / "model.onnx"
+    x = torch.randn(2, 4, 15, 14)
+    cs.export_onnx(net, path, example_inputs=x, diffusion=f"truncate:{bound}", tolerance=1.0)
+    proto = onnx.load(str(path))
+    assert not [node for node in proto.graph.node if node.domain]
+    about = json.loads({prop.key: prop.value for prop in proto.metadata_props}["convsurgery.diffusion"])
+    assert about["by"] == f"truncate:{bound}"
+    assert about["layers"]["1"]["bound"] <= bound
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    y = net[0](x)
+    largest = float((y + 0.3 * layer.reaction(y)).abs().max())
+    for images in (x, x[:1]):
+        (got,) = session.run(None, {"input": images.numpy()})
+        assert float((torch.from_numpy(got) - net(images)).detach().abs().max()) <= bound * largest + 1e-5
+    kernels = [tensor for tensor in proto.graph.initializer if tensor.name.endswith("kernel")]
+    assert kernels[0].dims[-1] == about["layers"]["1"]["window"] < 15 + 2 * pad
+
+
+def test_truncation_that_cannot_be_or_be_read(tmp_path: Path) -> None:
+    layer = ReactionDiffusion2d(2, form="implicit", step=50.0).eval()
+    layer.weight.data.normal_(std=3.0)
+    x = torch.randn(2, 2, 6, 6)
+    with pytest.raises(cs.errors.ExportError, match="no window within images of 6x6 pixels comes within 1e-06"):
+        cs.export_onnx(layer, tmp_path / "m.onnx", example_inputs=x, diffusion="truncate:1e-6")
+    for text in ("truncate", "truncate:0", "truncate:2", "truncate:small", "dft"):
+        with pytest.raises(cs.errors.ExportError, match="diffusion must be matmul, or truncate:BOUND"):
+            cs.export_onnx(layer, tmp_path / "m.onnx", example_inputs=x, diffusion=text)
+    assert not list(tmp_path.iterdir())
+    cs.export_onnx(layer, tmp_path / "m.onnx", example_inputs=x)
+    props = {prop.key: prop.value for prop in onnx.load(str(tmp_path / "m.onnx")).metadata_props}
+    assert json.loads(props["convsurgery.diffusion"]) == {"by": "matmul", "layers": {}}

@@ -260,6 +260,9 @@ def export(
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch before writing.")] = True,
     tolerance: Annotated[float, typer.Option(help="Largest error allowed, relative to the largest output.")] = 1e-4,
     static_batch: Annotated[bool, typer.Option("--static-batch", help="Fix the batch size (at 2).")] = False,
+    diffusion: Annotated[
+        str, typer.Option(help="Implicit diffusion steps: matmul, or truncate:1e-3 for a small kernel.")
+    ] = "matmul",
 ) -> None:
     """Write a saved model as ONNX, verified in ONNX Runtime."""
     import convsurgery as cs
@@ -272,6 +275,7 @@ def export(
         verify=check,
         tolerance=tolerance,
         dynamic_batch=not static_batch,
+        diffusion=diffusion,
     )
     typer.echo(str(parity) if parity else "not verified")
     typer.echo(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")

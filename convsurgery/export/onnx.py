@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from convsurgery import __version__, zoo
 from convsurgery.errors import ExportError
+from convsurgery.export.diffusion import parse_diffusion, truncate
 from convsurgery.export.nodes import attach_functions, custom_nodes, translation_table
 from convsurgery.export.parity import BATCHES, NODES, TOLERANCE, Parity, check_parity
 from convsurgery.operators.onnx import DOMAIN
@@ -28,6 +29,8 @@ from convsurgery.surgery import Record, fuse, record, unwrap
 __all__ = ["DEFAULT_OPSET", "OPSETS", "export_onnx"]
 
 DEFAULT_OPSET = 18
+#: metadata: how implicit diffusion is written, and for every truncated layer its window and error bound
+DIFFUSION = "convsurgery.diffusion"
 OPSETS = range(18, 24)
 
 
@@ -42,6 +45,7 @@ def export_onnx(
     dynamic_batch: bool = True,
     tolerance: float = TOLERANCE,
     data: Iterable[Any] | None = None,
+    diffusion: str = "matmul",
 ) -> Parity | None:
     """Write ``model`` to ``path`` as ONNX; nothing is left at ``path`` when anything fails.
 
@@ -61,6 +65,9 @@ def export_onnx(
         dynamic_batch: leave the batch size open.
         tolerance: largest difference allowed, relative to the largest output of PyTorch.
         data: batches of real images to verify on besides random ones.
+        diffusion: how implicit reaction-diffusion steps are solved: "matmul", Fourier transforms as products with
+            constant matrices, exact up to rounding; or "truncate:1e-3", the smallest depthwise kernel whose output is
+            off by no more than that share of the largest value. Raise ``tolerance`` accordingly.
 
     Returns:
         What was measured, or None without ``verify``.
@@ -88,10 +95,13 @@ def export_onnx(
             "detection models are not exported: how many boxes they return depends on values. Export the part that "
             "computes features: export_onnx(model.backbone, ..., example_inputs=images)"
         )
+    bound = parse_diffusion(diffusion)
     inputs = _inputs(original, example_inputs, dynamic_batch)
     fused = fuse(original).cpu()
+    windows = {} if bound is None else truncate(fused, inputs, bound)
     proto = _translate(fused, inputs, wanted, dynamic_batch)
     _finish(proto, original, inline)
+    onnx.helper.set_model_props(proto, {**_props(proto), DIFFUSION: json.dumps({"by": diffusion, "layers": windows})})
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".exporting-") as staging:
         written = Path(staging) / target.name
         try:
@@ -104,6 +114,10 @@ def export_onnx(
             parity = check_parity(written, original, inputs, batches, tolerance, data)
         os.replace(written, target)
     return parity
+
+
+def _props(proto: onnx.ModelProto) -> dict[str, str]:
+    return {prop.key: prop.value for prop in proto.metadata_props}
 
 
 def _inputs(model: nn.Module, example: Tensor | Sequence[Tensor] | None, dynamic: bool) -> tuple[Tensor, ...]:

@@ -92,6 +92,8 @@ class ReactionDiffusion2d(OperatorLayer):
             self.register_buffer("step", None)
         else:
             self.register_buffer("step", value)
+        #: where it stands in a model, for errors
+        self.place = ""
         self._kept: tuple[tuple[object, ...], Tensor] | None = None
         self.reset_parameters()
 
@@ -141,7 +143,7 @@ class ReactionDiffusion2d(OperatorLayer):
                 return None  # the op says what is wrong
             factors = spectrum(weight.detach(), h.detach(), size, self.form)
             if not bool(torch.isfinite(factors).all()):
-                where = f"an {self.form} step over {self.channels} channels"
+                where = self.place or f"an {self.form} step over {self.channels} channels"
                 raise ModelError(f"the spectrum of {where} is not finite: its weights or its h are out of range")
             self._kept = (key, factors)
         return self._kept[1]

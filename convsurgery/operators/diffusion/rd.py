@@ -90,6 +90,7 @@ class _Step(OperatorConfig):
 
     def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool, site: Site | None = None) -> Built:
         layer = self._layer(conv.in_channels, conv.weight, start).train(conv.training)
+        layer.place = "" if site is None else site.label
         return Built(layer.requires_grad_(conv.weight.requires_grad))
 
     def build_block(self, module: nn.Module, block: Block, start: Start) -> Built:
@@ -97,6 +98,7 @@ class _Step(OperatorConfig):
         if first is None or block.input_shape is None:
             raise ConversionError(f"{block.label} has no weights to take dtype and device from")
         layer = self._layer(block.input_shape[1], first, start).train(module.training)
+        layer.place = block.label
         return Built(layer.requires_grad_(any(p.requires_grad for p in module.parameters())))
 
     def _layer(self, channels: int, like: torch.Tensor, start: Start) -> ReactionDiffusion2d:
