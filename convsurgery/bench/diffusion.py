@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from convsurgery import api
 from convsurgery.bench.measure import medians
 from convsurgery.errors import ConvSurgeryError
-from convsurgery.operators.diffusion import ReactionDiffusion2d
+from convsurgery.operators.diffusion import ReactionDiffusion2d, op
 from convsurgery.operators.diffusion.op import spectrum
 from convsurgery.operators.linear_mix import LinearMix2d
 
-__all__ = ["PROMISED", "bench_diffusion", "bench_diffusion_runtime", "draw_figure"]
+__all__ = ["PROMISED", "bench_diffusion", "bench_diffusion_runtime", "bench_switch", "draw_figure"]
 
 BATCH, SIZE = 8, 64
 #: what is measured → channels → upper bound, as a multiple of the dense convolution
@@ -37,14 +37,14 @@ def _calls(channels: int, size: int, kernel: int, batch: int) -> dict[str, Calla
     weight, h = torch.randn(channels, 1, kernel, kernel) * 0.1, torch.tensor(0.1)
     mix = LinearMix2d(channels, channels, kernel, padding=kernel // 2, bias=False)
     step = ReactionDiffusion2d(channels, kernel).eval()
-    op = torch.ops.convsurgery.reaction_diffusion2d
+    step_op = torch.ops.convsurgery.reaction_diffusion2d
     factors = {form: spectrum(weight, h, (size, size), form) for form in ("implicit", "circulant")}
     return {
         "conv": lambda: F.conv2d(x, dense, padding=kernel // 2),
         "linear-mix": lambda: mix(x),
         "explicit step": lambda: step(x),
-        "implicit, diffusion": partial(op, x, r, weight, h, factors["implicit"], "implicit", "periodic", True),
-        "circulant, diffusion": partial(op, x, r, weight, h, factors["circulant"], "circulant", "periodic", True),
+        "implicit, diffusion": partial(step_op, x, r, weight, h, factors["implicit"], "implicit", "periodic", True),
+        "circulant, diffusion": partial(step_op, x, r, weight, h, factors["circulant"], "circulant", "periodic", True),
     }
 
 
@@ -73,6 +73,23 @@ def bench_diffusion(repeats: int) -> dict[str, dict[str, float]]:
         wide = medians(calls, rounds, warmup=2)
     for name in ("implicit, diffusion", "circulant, diffusion"):
         found[name]["kernel 11 to 3"] = wide[name] / seconds[name]
+    return found
+
+
+def bench_switch(repeats: int) -> dict[str, float]:
+    """Time of the circulant operator as a dense convolution over that by Fourier transform, by channels."""
+    found = {}
+    for channels in (8, 16, 32):
+        torch.manual_seed(0)
+        x, weight, h = torch.randn(BATCH, channels, SIZE, SIZE), torch.randn(channels, 1, 3, 3), torch.tensor(0.1)
+        dense, factors = op._circulant_kernel(weight), spectrum(weight, h, (SIZE, SIZE), "circulant")
+        calls = {
+            "dense": partial(op._circulant_dense, x, dense),
+            "fourier": partial(op._circulant_squared, x, weight, factors),
+        }
+        with torch.no_grad():
+            taken = medians(calls, max(20, repeats))
+        found[str(channels)] = taken["dense"] / taken["fourier"]
     return found
 
 

@@ -81,6 +81,10 @@ def _diffusion(results: dict[str, Any], repeats: int, threads: int, figure: Path
     for name, ratios in found.items():
         if "kernel 11 to 3" in ratios:
             lines.append(f"{name}, kernel of 11 to one of 3, 256 channels: {ratios['kernel 11 to 3']:.2f}× (≤ 1.1)")
+    switch = diffusion.bench_switch(repeats)
+    results["circulant dense to Fourier"] = switch
+    shown = ", ".join(f"{ratio:.2f}× at {channels}" for channels, ratio in switch.items())
+    lines.append(f"circulant as a dense convolution to Fourier, by channels: {shown}")
     for size, ratio in nodes.items():
         lines.append(f"implicit node in ONNX Runtime to Conv, 256 channels, {size}: {ratio:.2f}× (≤ 0.4)")
     if figure is not None:

@@ -54,35 +54,14 @@ def _turned(result: str, kernel: str) -> list[str]:
 
 
 def _squared(form: NodeForm) -> list[str]:
-    """``diffused`` = KᵀK X by two convolutions."""
+    """``diffused`` = KᵀK X by two depthwise convolutions."""
     channels, _, *kernel = form.shapes["W"]
     rows, columns = kernel[0] // 2, kernel[1] // 2
-    dense = form.words["form"] == "circulant"
-    group = 1 if dense else channels
-    lines: list[str] = []
-    if dense:
-        # Block (i, j) is stencil (j − i) mod C.
-        lines += [
-            "zero = Constant <value_int = 0> ()",
-            "one = Constant <value_int = 1> ()",
-            f"count = Constant <value_int = {channels}> ()",
-            "places = Range (zero, count, one)",
-            _ints("as_column", -1, 1),
-            "outputs = Reshape (places, as_column)",
-            "ahead = Sub (places, outputs)",
-            "stencils = Mod (ahead, count)",
-            _ints("channel_axis", 1),
-            "plain = Squeeze (W, channel_axis)",
-            "kernel = Gather <axis = 0> (plain, stencils)",
-            "mirrored = Transpose <perm = [1, 0, 2, 3]> (kernel)",
-            *_turned("adjoint", "mirrored"),
-        ]
-    else:
-        lines += ["kernel = Identity (W)", *_turned("adjoint", "kernel")]
     periodic = form.words["boundary"] == "periodic"
     pads = [0, 0, 0, 0] if periodic else [rows, columns, rows, columns]
-    options = f"<dilations = [1, 1], group = {group}, pads = {pads}, strides = [1, 1]>"
-    for source, result, weight in (("X", "once", "kernel"), ("once", "diffused", "adjoint")):
+    options = f"<dilations = [1, 1], group = {channels}, pads = {pads}, strides = [1, 1]>"
+    lines = _turned("adjoint", "W")
+    for source, result, weight in (("X", "once", "W"), ("once", "diffused", "adjoint")):
         seen = source
         if periodic:
             lines += _wrapped(f"{source}_around", source, rows, columns)
@@ -112,63 +91,128 @@ def _waves(name: str, size: int, frequencies: int) -> list[str]:
     ]
 
 
-def _solved(form: NodeForm) -> list[str]:
-    """``Y`` = (I + h KᵀK)⁻¹ ``wanted``: real and imaginary parts stand below each other while rows are transformed."""
-    height, width = form.shapes["X"][-2:]
-    rows, columns = form.shapes["W"][-2:]
-    half = width // 2 + 1
-    weights = [1.0] + [2.0] * (half - 1)
-    if width % 2 == 0:
-        weights[-1] = 1.0
+def _pair(name: str, size: int) -> list[str]:
+    """``name_forth`` and ``name_back``, (2 size, 2 size): a transform of stacked real and imaginary parts, and back."""
     return [
-        *_waves("w", width, half),
-        *_waves("h", height, height),
-        "h_minus = Neg (h_sin)",
-        "upper = Concat <axis = 1> (h_cos, h_sin)",
-        "lower = Concat <axis = 1> (h_minus, h_cos)",
-        "forth = Concat <axis = 0> (upper, lower)",
-        "back_whole = Transpose <perm = [1, 0]> (forth)",
-        f"height = Constant <value_float = {float(height)}> ()",
-        "back = Div (back_whole, height)",
-        # |F(K)|²: the kernel stands in the corner of the image, and only those rows and columns count
+        *_waves(name, size, size),
+        f"{name}_minus = Neg ({name}_sin)",
+        f"{name}_upper = Concat <axis = 1> ({name}_cos, {name}_sin)",
+        f"{name}_lower = Concat <axis = 1> ({name}_minus, {name}_cos)",
+        f"{name}_forth = Concat <axis = 0> ({name}_upper, {name}_lower)",
+        f"{name}_turned = Transpose <perm = [1, 0]> ({name}_forth)",
+        f"{name}_scale = Constant <value_float = {float(size)}> ()",
+        f"{name}_back = Div ({name}_turned, {name}_scale)",
+    ]
+
+
+def _products(result: str, cos: str, sin: str, real: str, imaginary: str) -> list[str]:
+    """(cos + i sin)(real + i imaginary) as matrix products."""
+    return [
+        f"{result}_rr = MatMul ({cos}, {real})",
+        f"{result}_ii = MatMul ({sin}, {imaginary})",
+        f"{result}_ri = MatMul ({cos}, {imaginary})",
+        f"{result}_ir = MatMul ({sin}, {real})",
+        f"{result}_real = Sub ({result}_rr, {result}_ii)",
+        f"{result}_imaginary = Add ({result}_ri, {result}_ir)",
+    ]
+
+
+def _power(form: NodeForm) -> list[str]:
+    """``power`` = |F(K)|²: the kernel stands in the corner of the image, and only those rows and columns count."""
+    rows, columns = form.shapes["W"][-2:]
+    lines = [
         _ints("channel_axis", 1),
         "plain = Squeeze (W, channel_axis)",
         _ints("first", 0),
         _ints("row_axis", 0),
+        _ints("column_axis", 1),
         _ints("kernel_rows", rows),
         _ints("kernel_columns", columns),
         "k_cos = Slice (w_cos, first, kernel_columns, row_axis)",
         "k_sin = Slice (w_sin, first, kernel_columns, row_axis)",
         "k_real = MatMul (plain, k_cos)",
         "k_imaginary = MatMul (plain, k_sin)",
-        _ints("column_axis", 1),
         "g_cos = Slice (h_cos, first, kernel_rows, column_axis)",
         "g_sin = Slice (h_sin, first, kernel_rows, column_axis)",
-        "rr = MatMul (g_cos, k_real)",
-        "ii = MatMul (g_sin, k_imaginary)",
-        "ri = MatMul (g_cos, k_imaginary)",
-        "ir = MatMul (g_sin, k_real)",
-        "real = Sub (rr, ii)",
-        "imaginary = Add (ri, ir)",
-        "real_squared = Mul (real, real)",
-        "imaginary_squared = Mul (imaginary, imaginary)",
+        *_products("plane", "g_cos", "g_sin", "k_real", "k_imaginary"),
+    ]
+    real, imaginary = "plane_real", "plane_imaginary"
+    if form.words["form"] == "circulant":
+        channels, (height, width) = form.shapes["W"][0], form.shapes["X"][-2:]
+        lines += [
+            _ints("as_rows", channels, -1),
+            "plane_real_rows = Reshape (plane_real, as_rows)",
+            "plane_imaginary_rows = Reshape (plane_imaginary, as_rows)",
+            *_products("all", "c_cos", "c_sin", "plane_real_rows", "plane_imaginary_rows"),
+            _ints("as_maps", channels, height, width // 2 + 1),
+            "all_real_maps = Reshape (all_real, as_maps)",
+            "all_imaginary_maps = Reshape (all_imaginary, as_maps)",
+        ]
+        real, imaginary = "all_real_maps", "all_imaginary_maps"
+    return [
+        *lines,
+        f"real_squared = Mul ({real}, {real})",
+        f"imaginary_squared = Mul ({imaginary}, {imaginary})",
         "power = Add (real_squared, imaginary_squared)",
-        "strength = Mul (power, step)",
-        "unit = Constant <value_float = 1.0> ()",
-        "denominator = Add (strength, unit)",
-        "factor = Div (unit, denominator)",
-        "factors_twice = Concat <axis = 1> (factor, factor)",
-        # the image: columns, rows, the factors, and back
+    ]
+
+
+def _filtered(form: NodeForm, source: str, result: str) -> list[str]:
+    """``result``: ``source``, its Fourier coefficients times 1 / (1 + h·power), or times power in the circulant form.
+
+    Columns are transformed first, to half of the coefficients. Real and imaginary parts then stand below each other
+    while rows are transformed, and beside each other as channels while those are.
+    """
+    height, width = form.shapes["X"][-2:]
+    channels, half = form.shapes["W"][0], width // 2 + 1
+    circulant = form.words["form"] == "circulant"
+    weights = [1.0] + [2.0] * (half - 1)
+    if width % 2 == 0:
+        weights[-1] = 1.0
+    lines = [*_waves("w", width, half), *_pair("h", height), *(_pair("c", channels) if circulant else [])]
+    lines += [
+        *_power(form),
         "w_minus = Neg (w_sin)",
-        "v_real = MatMul (wanted, w_cos)",
-        "v_imaginary = MatMul (wanted, w_minus)",
+        f"v_real = MatMul ({source}, w_cos)",
+        f"v_imaginary = MatMul ({source}, w_minus)",
         "stacked = Concat <axis = 2> (v_real, v_imaginary)",
-        "coefficients = MatMul (forth, stacked)",
-        "damped = Mul (coefficients, factors_twice)",
-        "returned = MatMul (back, damped)",
+        "coefficients = MatMul (h_forth, stacked)",
         _ints("stack_axis", 2),
         _ints("middle", height),
         _ints("end", 2 * height),
+    ]
+    if circulant:
+        lines += [
+            "q_real = Slice (coefficients, first, middle, stack_axis)",
+            "q_imaginary = Slice (coefficients, middle, end, stack_axis)",
+            "q_both = Concat <axis = 1> (q_real, q_imaginary)",
+            _ints("q_rows", 0, 2 * channels, -1),
+            "q_flat = Reshape (q_both, q_rows)",
+            "q_forth = MatMul (c_forth, q_flat)",
+            "power_flat = Reshape (power, as_rows)",
+            "power_twice = Concat <axis = 0> (power_flat, power_flat)",
+            "q_times = Mul (q_forth, power_twice)",
+            "q_back = MatMul (c_back, q_times)",
+            _ints("q_maps", 0, 2 * channels, height, half),
+            "q_both_back = Reshape (q_back, q_maps)",
+            _ints("channel_count", channels),
+            _ints("channel_end", 2 * channels),
+            "d_real = Slice (q_both_back, first, channel_count, channel_axis)",
+            "d_imaginary = Slice (q_both_back, channel_count, channel_end, channel_axis)",
+            "damped = Concat <axis = 2> (d_real, d_imaginary)",
+        ]
+    else:
+        lines += [
+            "strength = Mul (power, step)",
+            "unit = Constant <value_float = 1.0> ()",
+            "denominator = Add (strength, unit)",
+            "factor = Div (unit, denominator)",
+            "factors_twice = Concat <axis = 1> (factor, factor)",
+            "damped = Mul (coefficients, factors_twice)",
+        ]
+    return [
+        *lines,
+        "returned = MatMul (h_back, damped)",
         "u_real = Slice (returned, first, middle, stack_axis)",
         "u_imaginary = Slice (returned, middle, end, stack_axis)",
         f"doubling = Constant <value_floats = [{', '.join(repr(weight / width) for weight in weights)}]> ()",
@@ -178,7 +222,7 @@ def _solved(form: NodeForm) -> list[str]:
         "sin_back = Transpose <perm = [1, 0]> (out_sin)",
         "y_real = MatMul (u_real, cos_back)",
         "y_imaginary = MatMul (u_imaginary, sin_back)",
-        "Y = Add (y_real, y_imaginary)",
+        f"{result} = Add (y_real, y_imaginary)",
     ]
 
 
@@ -187,8 +231,9 @@ def _body(form: NodeForm) -> list[str]:
     if form.words["form"] == "implicit":
         lines = ["pushed = Mul (reaction, step)"]
         lines.append("wanted = Add (X, pushed)" if residual else "wanted = Identity (pushed)")
-        return [*lines, *_solved(form)]
-    lines = [*_squared(form), "change = Sub (reaction, diffused)", "scaled = Mul (change, step)"]
+        return [*lines, *_filtered(form, "wanted", "Y")]
+    lines = _filtered(form, "X", "diffused") if form.words["form"] == "circulant" else _squared(form)
+    lines += ["change = Sub (reaction, diffused)", "scaled = Mul (change, step)"]
     return [*lines, "Y = Add (X, scaled)" if residual else "Y = Identity (scaled)"]
 
 
@@ -197,9 +242,9 @@ def _overload(form: NodeForm) -> str:
     words = [form.words["form"], *(["zeros"] if form.words["boundary"] == "zeros" else [])]
     words += [] if form.attributes["residual"] else ["alone"]
     words.append(f"k{rows}x{columns}")
-    if form.words["form"] == "implicit":
-        return "_".join([*words, "x".join(map(str, form.shapes["X"][-2:]))])
-    return "_".join([*words, f"c{channels}"])
+    words += [f"c{channels}"] if form.words["form"] != "implicit" else []
+    words += ["x".join(map(str, form.shapes["X"][-2:]))] if form.words["form"] != "explicit" else []
+    return "_".join(words)
 
 
 REACTION_DIFFUSION = OnnxFunction(

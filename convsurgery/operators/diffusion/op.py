@@ -93,10 +93,13 @@ def _circulant_kernel(weight: Tensor) -> Tensor:
     return weight.squeeze(1)[(channels.unsqueeze(0) - channels.unsqueeze(1)) % weight.shape[0]]
 
 
+def _circulant_dense(x: Tensor, kernel: Tensor) -> Tensor:
+    return _circular(_circular(x, kernel, 1, False), kernel, 1, True)
+
+
 def _circulant_squared(x: Tensor, weight: Tensor, factors: Tensor | None) -> Tensor:
     if factors is None:
-        dense = _circulant_kernel(weight).to(x.dtype)
-        return _circular(_circular(x, dense, 1, False), dense, 1, True)
+        return _circulant_dense(x, _circulant_kernel(weight).to(x.dtype))
     coefficients = torch.fft.rfftn(x, dim=_CIRCULANT)
     fresh = worth_chunking(x, factors, least=0)
     coefficients = coefficients.mul_(factors) if fresh else coefficients * factors
