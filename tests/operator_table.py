@@ -269,6 +269,40 @@ MIXES = (
     _lbc("lbc(filters=12, sparsity=0, act=tanh)", default="random"),
 )
 
+
+@dataclass(frozen=True)
+class StepRow:
+    """A step of a differential equation in the place of a residual block.
+
+    Attributes:
+        rule: the target.
+        form, boundary: of the op behind it.
+        float64, float32, bfloat16, float16: bounds on the error.
+    """
+
+    rule: str
+    form: str
+    boundary: str = "periodic"
+    float64: float = 1e-13
+    float32: float = 1e-5
+    bfloat16: float = 0.02
+    float16: float = 3e-3
+
+    @property
+    def config(self) -> OperatorConfig:
+        return bind(parse_target(self.rule))
+
+    def __str__(self) -> str:
+        return self.rule
+
+
+STEPS = (
+    StepRow("rd-explicit", "explicit"),
+    StepRow("rd-explicit(boundary=zeros)", "explicit", "zeros"),
+    StepRow("rd-implicit", "implicit"),
+    StepRow("rd-circulant", "circulant"),
+)
+
 #: all but the null operator
 KERVOLUTIONS = tuple(row for row in TABLE if row.kernel is not None)
 NEUTRAL = tuple(row for row in TABLE if row.neutral is not None)
@@ -278,10 +312,10 @@ LEARNABLE = tuple(row for row in TABLE if row.learnable)
 def operators_without_row(names: Iterable[str]) -> list[str]:
     """Those of our own operators for convolutions that no row tests; a user's own are no concern of this table.
 
-    Operators for patterns have a table of their own in ``test_rewriting.py``.
+    Operators that only move or fold what is there have a table of their own in ``test_rewriting.py``.
     """
-    ours = {n for n in names if operator(n).__module__.startswith("convsurgery.") and not operator(n).patterns}
-    return sorted(ours - {row.config.name for row in (*TABLE, *MIXES)})
+    ours = {n for n in names if operator(n).__module__.startswith("convsurgery.")} - {"block", "fused"}
+    return sorted(ours - {row.config.name for row in (*TABLE, *MIXES, *STEPS)})
 
 
 if untested := operators_without_row(list_operators()):

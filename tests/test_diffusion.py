@@ -14,18 +14,22 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from operator_table import STEPS as ROWS
+from operator_table import StepRow
 from test_mix_operators import fit
+from test_operators import gradients
 from torch import Tensor, nn
 
 import convsurgery as cs
 import convsurgery.functional as CF
 from convsurgery.models.rdnet import STEPS, RDNet
-from convsurgery.operators import OperatorLayer
+from convsurgery.operators import OperatorLayer, bind
 from convsurgery.operators.chunks import by_image
 from convsurgery.operators.diffusion import ReactionDiffusion2d, op
 from convsurgery.operators.linear_mix import LinearMix2d
+from convsurgery.rules import parse_target
 
-FORMS = (("explicit", "periodic"), ("explicit", "zeros"), ("implicit", "periodic"), ("circulant", "periodic"))
+FORMS = tuple((row.form, row.boundary) for row in ROWS)
 forms = pytest.mark.parametrize(("form", "boundary"), FORMS)
 #: channels, height, width, kernel: more channels than are computed densely, odd and even sizes, one and two passes
 SHAPES = ((3, 6, 5, 3), (2, 7, 8, 7), (20, 4, 5, 3), (17, 3, 3, 3))
@@ -173,25 +177,72 @@ def test_opcheck(form: str, boundary: str, channels: int, grad: bool) -> None:
     )
 
 
-@forms
-def test_compiled(form: str, boundary: str) -> None:
-    layer, x = ReactionDiffusion2d(20, form=form, boundary=boundary), torch.randn(2, 20, 6, 5)
+rows = pytest.mark.parametrize("row", ROWS, ids=str)
+
+
+def layer_of(row: StepRow, **options: Any) -> ReactionDiffusion2d:
+    return ReactionDiffusion2d(20, form=row.form, boundary=row.boundary, **options)
+
+
+@rows
+def test_compiled(row: StepRow) -> None:
+    layer, x = layer_of(row), torch.randn(2, 20, 6, 5)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for train in (True, False):
-        layer.train(train)
-        assert naive.error(compiled(x), layer(x)) <= 1e-5
+    for images in (x, torch.cat([x, x])):  # the second with a batch that was not seen before
+        wanted, got = gradients(layer, layer, images), gradients(compiled, layer, images)
+        assert max(naive.error(g, w) for g, w in zip(got, wanted, strict=True)) <= row.float32 * 10
+    layer.eval()
+    assert naive.error(compiled(x), layer(x)) <= row.float32
 
 
-@forms
+@rows
+def test_torch_export_keeps_the_operator_whole(row: StepRow) -> None:
+    layer, x = layer_of(row).eval(), torch.randn(2, 20, 6, 5)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    ours = [node for node in program.graph.nodes if getattr(node.target, "namespace", "") == "convsurgery"]
+    assert [node.target for node in ours] == [torch.ops.convsurgery.reaction_diffusion2d.default]
+    more = torch.cat([x, x[:1]])
+    assert naive.error(program.module()(more), layer(more)) <= row.float32
+
+
+@rows
+def test_channels_last_gives_the_same_values(row: StepRow) -> None:
+    layer, x = layer_of(row).double(), torch.randn(2, 20, 6, 5, dtype=torch.float64)
+    wanted = gradients(layer, layer, x)
+    last = copy.deepcopy(layer).to(memory_format=torch.channels_last)
+    got = gradients(last, last, x.to(memory_format=torch.channels_last))
+    assert max(naive.error(g, w) for g, w in zip(got, wanted, strict=True)) <= row.float64 * 10
+
+
+@rows
+def test_copies_share_nothing(row: StepRow) -> None:
+    layer, x = layer_of(row, learnable=True).eval(), torch.randn(2, 20, 6, 5)
+    twin, wanted = copy.deepcopy(layer), layer(x).detach().clone()
+    for tensor in (*twin.parameters(), *twin.buffers()):
+        tensor.data.fill_(1)
+    assert torch.equal(layer(x), wanted)
+    assert not torch.equal(twin(x), wanted)
+
+
+@rows
+def test_config_and_rule_are_the_same(row: StepRow) -> None:
+    config = row.config
+    assert bind(parse_target(str(config))) == config
+    assert bind(config.to_target()) == config
+    assert config.start_for(None).name == "random"
+    assert config.start_for(None, data=True).name == "fit"
+
+
+@rows
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_computed_in_float32(form: str, boundary: str, dtype: torch.dtype) -> None:
-    layer, x = ReactionDiffusion2d(20, form=form, boundary=boundary).eval(), torch.randn(2, 20, 6, 5)
+def test_half_precision_is_computed_in_float32(row: StepRow, dtype: torch.dtype) -> None:
+    layer, x = layer_of(row).eval(), torch.randn(2, 20, 6, 5)
     wanted = layer(x)
     with torch.autocast("cpu", dtype):
         got = layer(x)
     assert got.dtype == dtype
-    bound = 0.02 if dtype == torch.bfloat16 else 3e-3
+    bound = getattr(row, str(dtype).removeprefix("torch."))
     assert naive.error(got, wanted) <= bound
     half = copy.deepcopy(layer).to(dtype)
     assert half(x.to(dtype)).dtype == dtype
