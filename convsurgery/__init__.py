@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from convsurgery.adapters import Adapter as Adapter
     from convsurgery.adapters import register_adapter as register_adapter
     from convsurgery.api import apply as apply
+    from convsurgery.api import blends as blends
     from convsurgery.api import calibrate as calibrate
     from convsurgery.api import convert as convert
     from convsurgery.api import convert_ as convert_
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from convsurgery.api import evaluate as evaluate
     from convsurgery.api import export_onnx as export_onnx
     from convsurgery.api import finetune as finetune
+    from convsurgery.api import finish_blend as finish_blend
     from convsurgery.api import fuse as fuse
     from convsurgery.api import list_operators as list_operators
     from convsurgery.api import list_selectors as list_selectors
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from convsurgery.api import plan as plan
     from convsurgery.api import record as record
     from convsurgery.api import save as save
+    from convsurgery.api import set_blend as set_blend
     from convsurgery.api import verify_onnx as verify_onnx
     from convsurgery.errors import ConvSurgeryError as ConvSurgeryError
     from convsurgery.geometry import Site as Site
@@ -66,6 +69,7 @@ _LAZY = {
     **dict.fromkeys(
         (
             "apply",
+            "blends",
             "calibrate",
             "convert",
             "convert_",
@@ -73,6 +77,7 @@ _LAZY = {
             "evaluate",
             "export_onnx",
             "finetune",
+            "finish_blend",
             "fuse",
             "list_operators",
             "list_selectors",
@@ -82,6 +87,7 @@ _LAZY = {
             "plan",
             "record",
             "save",
+            "set_blend",
             "verify_onnx",
         ),
         "convsurgery.api",

@@ -20,7 +20,21 @@ from convsurgery.geometry import Block
 from convsurgery.graph import Template, copy_model, observe
 from convsurgery.operators import Start, list_operators
 from convsurgery.rules import PatternSelector, RulesLike, as_rules, list_selectors, parse_selector
-from convsurgery.surgery import Entry, Plan, apply, apply_, fuse, load, make_plan, record, save, unwrap
+from convsurgery.surgery import (
+    Entry,
+    Plan,
+    apply,
+    apply_,
+    blends,
+    finish_blend,
+    fuse,
+    load,
+    make_plan,
+    record,
+    save,
+    set_blend,
+    unwrap,
+)
 from convsurgery.zoo import create_model, load_checkpoint
 
 if TYPE_CHECKING:
@@ -28,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "apply",
+    "blends",
     "calibrate",
     "convert",
     "convert_",
@@ -35,6 +50,7 @@ __all__ = [
     "evaluate",
     "export_onnx",
     "finetune",
+    "finish_blend",
     "fuse",
     "list_operators",
     "list_selectors",
@@ -44,6 +60,7 @@ __all__ = [
     "plan",
     "record",
     "save",
+    "set_blend",
     "verify_onnx",
 ]
 

@@ -12,6 +12,7 @@ from convsurgery.operators.base import (
     option,
     register_operator,
 )
+from convsurgery.operators.blend import Blend
 from convsurgery.operators.block import Block
 from convsurgery.operators.conv import Conv
 from convsurgery.operators.diffusion import RDCirculant, RDExplicit, RDImplicit
@@ -23,6 +24,7 @@ from convsurgery.operators.linear_mix import LinearMix
 from convsurgery.operators.perturbation import Pnn
 
 __all__ = [
+    "Blend",
     "Block",
     "Built",
     "Conv",

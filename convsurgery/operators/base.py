@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from convsurgery.errors import ArgumentError, ConvSurgeryError, nearest
 from convsurgery.geometry import Block, Cost, Site
+from convsurgery.operators.start import Start
 from convsurgery.rules import Target
 
 if TYPE_CHECKING:
@@ -36,11 +37,11 @@ __all__ = [
 
 ENTRY_POINTS = "convsurgery.operators"
 
+#: words that mean something else in a rule
+_RESERVED = ("keep", "auto")
+
 _registry: dict[str, type[OperatorConfig]] = {}
 _entry_points_loaded = False
-
-#: below it the constants of a neutral start leave the range of float32
-_LEAST_EPS = 1e-12
 
 Config = TypeVar("Config", bound="type[OperatorConfig]")
 
@@ -98,69 +99,16 @@ def _accept(name: str, value: Any, metadata: Mapping[str, Any]) -> Any:
     raise ArgumentError(name, f"{name} wants {_legal(metadata)}, not {str(value).lower()}")
 
 
-@dataclass(frozen=True)
-class Start:
-    """How a new operator begins from the convolution: ``neutral(eps)``, ``copy``, ``fit``, ``project`` or ``random``.
-
-    Attributes:
-        name: the start's name.
-        value: its one number (``eps`` of neutral, ``ridge`` of fit, ``seed`` of random), or None for the operator's
-            default.
-    """
-
-    name: str
-    value: float | None = None
-
-    ARGUMENT: ClassVar[Mapping[str, str]] = {
-        "neutral": "eps",
-        "copy": "",
-        "fit": "ridge",
-        "project": "",
-        "random": "seed",
-    }
-
-    @classmethod
-    def parse(cls, text: str | Start) -> Start:
-        """Read ``neutral``, ``neutral(1e-3)``, ``neutral(eps=1e-3)``, ``fit(0.01)``, ``random(0)``, ..."""
-        if isinstance(text, Start):
-            return text
-        found = re.fullmatch(r"\s*([\w-]+)\s*(?:\(\s*(?:(\w+)\s*=\s*)?([^()=\s]+)\s*\))?\s*", text)
-        if not found or found[1] not in cls.ARGUMENT:
-            raise ArgumentError("start", f"unknown start {text!r}", nearest(found[1] if found else text, cls.ARGUMENT))
-        name, key, number = found.groups()
-        argument = cls.ARGUMENT[name]
-        if number is None:
-            return cls(name)
-        if not argument or key not in (None, argument):
-            takes = f"takes only {argument}" if argument else "takes no argument"
-            raise ArgumentError("start", f"start {name} {takes}: {text!r}")
-        try:
-            value = float(number)
-        except ValueError:
-            raise ArgumentError("start", f"start {name}: {number!r} is not a number") from None
-        if name == "neutral" and not _LEAST_EPS <= value <= 1:
-            raise ArgumentError("start", f"start neutral: eps must be from {_LEAST_EPS:g} to 1, not {number}")
-        if name == "fit" and not 0 < value <= 1:
-            raise ArgumentError("start", f"start fit: ridge must be above 0 and at most 1, not {number}")
-        if name == "random" and not (0 <= value < 2**53 and value.is_integer()):
-            raise ArgumentError("start", f"start random: seed must be a whole number from 0 to 2^53, not {number}")
-        return cls(name, value)
-
-    def __str__(self) -> str:
-        if self.value is None:
-            return self.name
-        number = f"{int(self.value)}" if self.name == "random" else f"{self.value:.6g}"
-        return f"{self.name}({self.ARGUMENT[self.name]}={number})"
-
-
 class Fitter(Protocol):
     """Fits one layer to what the convolution gave, batch by batch; a layer that can be fitted has ``fitter(conv)``.
 
     Attributes:
         shift: in the end what has to be added to the layer's output, (C_out,), where it has no bias; else None.
+        note: what the user should know of this fit, such as a penalty that had to be raised; "" for nothing.
     """
 
     shift: Tensor | None
+    note: str
 
     def add(self, input: Tensor, output: Tensor, target: Tensor) -> None:
         """One batch: the layer's input, its output as it is now, and the convolution's output in the original model."""
@@ -190,7 +138,8 @@ class OperatorConfig:
 
     Class attributes to give: ``summary`` (one line), ``formula``, ``source`` (paper and equation), ``starts`` (start
     name to how it keeps the convolution: "exact", "approximate", "fitted" to data or "none"; the first that
-    :meth:`refuses_start` lets pass is the default, but for "fit", which needs data), ``patterns`` (structural patterns
+    :meth:`refuses_start` lets pass is the default, but for "fit", which needs data; registering adds "blend" where no
+    copy is exact), ``patterns`` (structural patterns
     whose place it takes as a whole, ``"*"`` for any; empty for an operator that takes the place of one convolution),
     ``leaves_gain`` (whether a neutral start may leave a per-channel gain to a BatchNorm behind).
     """
@@ -248,6 +197,11 @@ class OperatorConfig:
             raise ArgumentError("start", f"{self} cannot start by {wanted.name}: {reason}")
         return wanted
 
+    def blended_start(self, site: Site | None = None) -> Start:
+        """How the operator itself begins beside the convolution that it is blended with: in a form of its own."""
+        free = [name for name in self.starts if self.refuses_start(name, site) is None]
+        return Start(next(name for name in ("copy", "fit", "project", "random", "neutral") if name in free))
+
     def cost(self, site: Site) -> Cost:
         """Trainable parameters and multiply-accumulates for one image at this site."""
         return site.cost
@@ -300,11 +254,17 @@ def register_operator(name: str) -> Callable[[Config], Config]:
     """Class decorator that makes a config known to rules under ``name``; a second of the same name raises."""
 
     def decorate(cls: Config) -> Config:
-        if not re.fullmatch(r"[a-z][a-z0-9-]*", name) or name == "keep":
-            raise ConvSurgeryError(f"{name!r} cannot name an operator: lower-case letters, digits and '-', not 'keep'")
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", name) or name in _RESERVED:
+            reserved = " or ".join(map(repr, _RESERVED))
+            raise ConvSurgeryError(
+                f"{name!r} cannot name an operator: lower-case letters, digits and '-', not {reserved}"
+            )
         if _registry.get(name, cls) is not cls:
             raise ConvSurgeryError(f"operator {name!r} is already registered by {_registry[name].__qualname__}")
         cls.name = name
+        if cls.starts.get("copy") != "exact":
+            # Beside its convolution any operator can stand.
+            cls.starts = {**cls.starts, "blend": "exact"}
         _registry[name] = cls
         return cls
 

@@ -5,6 +5,7 @@
 first-conv->keep; conv[k=3, s=1]->kerv-poly(degree=3)
 """
 
+from convsurgery.rules.auto import AutoTarget, Wish
 from convsurgery.rules.convert import (
     RuleLike,
     RulesLike,
@@ -16,6 +17,7 @@ from convsurgery.rules.convert import (
 )
 from convsurgery.rules.keys import KEYS, OPERATORS, NumberKey, TextKey
 from convsurgery.rules.model import (
+    BY,
     PatternSelector,
     PredicateSelector,
     Rule,
@@ -31,9 +33,11 @@ from convsurgery.rules.source import Source
 from convsurgery.rules.values import ArgValue, Glob, KeyName, Range, Regex, TestValue
 
 __all__ = [
+    "BY",
     "KEYS",
     "OPERATORS",
     "ArgValue",
+    "AutoTarget",
     "Glob",
     "KeyName",
     "NumberKey",
@@ -56,6 +60,7 @@ __all__ = [
     "Test",
     "TestValue",
     "TextKey",
+    "Wish",
     "as_rules",
     "as_target",
     "failed_tests",

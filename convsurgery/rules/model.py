@@ -12,6 +12,7 @@ from convsurgery.rules.places import place_named
 from convsurgery.rules.source import Source, Sourced
 from convsurgery.rules.values import (
     NAME,
+    START,
     ArgValue,
     Glob,
     KeyName,
@@ -22,7 +23,20 @@ from convsurgery.rules.values import (
     read_argument,
 )
 
-__all__ = ["PatternSelector", "PredicateSelector", "Rule", "Rules", "Selector", "Target", "Test", "failed_tests"]
+__all__ = [
+    "BY",
+    "PatternSelector",
+    "PredicateSelector",
+    "Rule",
+    "Rules",
+    "Selector",
+    "Target",
+    "Test",
+    "failed_tests",
+]
+
+#: the part of a target's source where its start stands; no argument can have this name
+BY = " by"
 
 _UNREACHED = "no forward call reaches it"
 
@@ -217,14 +231,20 @@ def _single(tests: Sequence[Test]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Target(Sourced):
-    """An operator by name, and its arguments; whether the operator exists and takes them is checked elsewhere."""
+    """An operator by name, its arguments, and how it starts; whether they exist is checked elsewhere.
+
+    ``by`` is the start's text, such as ``neutral(0.001)``; empty where the rule leaves it open.
+    """
 
     name: str
     args: tuple[tuple[str, ArgValue], ...] = ()
+    by: str = ""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
             raise RuleError(f"{self.name!r} is not an operator name a rule can hold")
+        if self.by and not START.fullmatch(self.by):
+            raise RuleError(f"{self.by!r} is not a start a rule can hold")
         # First, because an error about a name shows the values too.
         for name, value in self.args:
             if not _writable(value):
@@ -256,7 +276,12 @@ class Target(Sourced):
             text += ", " if number else "("
             parts[name] = (len(text), len(text) + len(name) + 1 + len(format_argument(value)))
             text += f"{name}={format_argument(value)}"
-        return Source(text + ")" * bool(self.args), parts)
+        text += ")" * bool(self.args)
+        if self.by:
+            text += " by "
+            parts[BY] = (len(text), len(text) + len(self.by))
+            text += self.by
+        return Source(text, parts)
 
     def located(self) -> Source:
         return self.source if self.source.text else self._written()

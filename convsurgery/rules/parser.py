@@ -7,8 +7,10 @@ selector but is a character class inside a glob), so each method asks the scanne
     rule     = selector "->" target
     selector = place ["[" test {"," test} "]"]
     test     = key op value
-    target   = operator ["(" [arg {"," arg}] ")"]
+    target   = operator ["(" [arg {"," arg}] ")"] ["by" start]
     arg      = name ["=" value]                      a name alone means true
+    start    = name ["(" [name "="] number ")"]
+    auto     = "auto" "(" target {"|" target} {"," measure op number ["%"]} ")"     in a target's place
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 
 from convsurgery.errors import RuleError, nearest
+from convsurgery.rules.auto import AUTO, AutoTarget, Wish
 from convsurgery.rules.keys import KEYS, OPERATORS, NumberKey, TextKey
-from convsurgery.rules.model import Rule, Rules, Selector, Target, Test
+from convsurgery.rules.model import BY, Rule, Rules, Selector, Target, Test
 from convsurgery.rules.source import Source
 from convsurgery.rules.values import (
     ARGUMENT,
@@ -31,6 +34,7 @@ from convsurgery.rules.values import (
     KeyName,
     Regex,
     TestValue,
+    format_argument,
     read_argument,
     read_number,
 )
@@ -41,10 +45,13 @@ _BLANK: Final = re.compile(r"\s*")
 _WORD: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPEN_TESTS: Final = re.compile(r"\[")
 _OPEN_ARGS: Final = re.compile(r"\(")
+_SHARE: Final = re.compile(r"[+-]?[0-9]{1,9}(?:\.[0-9]{1,9})?%?")
+_BY: Final = re.compile(r"by\b(?!-)")
 _SIGNS: Final = re.compile(r"[=!<>~]+")
 _SPACED_RANGE: Final = re.compile(r"[0-9]+\s*\.\.\s*[0-9]+(?![\w.])")
 # What an error calls "found": a word or a single character.
 _PIECE: Final = re.compile(r"->|(?:[\w.]|-(?!>))+|.", re.DOTALL)
+_AUTO_EXAMPLE: Final = "e.g. auto(linear-mix | pnn, params<=-40%, agreement>=0.98)"
 _EXAMPLE: Final = "a rule is written selector->operator, e.g. first-conv->kerv-poly"
 
 
@@ -201,6 +208,8 @@ class _Parser:
         name = self.take(NAME)
         if name is None:
             raise self.expected("an operator after '->'", "e.g. kerv-poly(degree=3), or keep to leave the convolution")
+        if name.text == AUTO:
+            return self.auto(name)
         parts: dict[str, tuple[int, int]] = {"": (name.start, name.end)}
         args: list[tuple[str, ArgValue]] = []
         opening = self.take(_OPEN_ARGS)
@@ -210,7 +219,59 @@ class _Parser:
                 if not self.take_sign(","):
                     raise self.unclosed(opening, ")", args[-1][0], "an argument is written name=value")
                 self.argument(args, parts)
-        return Target(name.text, tuple(args), source=Source(self.text, parts))
+        by = self.start(parts) if self.take(_BY) is not None else ""
+        return Target(name.text, tuple(args), by, source=Source(self.text, parts))
+
+    def auto(self, name: _Token) -> AutoTarget:
+        opening = self.take(_OPEN_ARGS)
+        if opening is None:
+            raise self.expected(f"'(' after {AUTO}", _AUTO_EXAMPLE)
+        options = [self.target()]
+        while self.take_sign("|"):
+            options.append(self.target())
+        wishes = []
+        while not self.take_sign(")"):
+            if not self.take_sign(","):
+                raise self.unclosed(opening, ")", str((wishes or options)[-1]), _AUTO_EXAMPLE)
+            wishes.append(self.wish())
+        source = Source(self.text, {"": (name.start, self.last)})
+        return AutoTarget(AUTO, options=tuple(options), wishes=tuple(wishes), source=source)
+
+    def wish(self) -> Wish:
+        metric = self.take(_WORD)
+        if metric is None:
+            raise self.expected("a measure", _AUTO_EXAMPLE)
+        op = self.take(_SIGNS)
+        if op is None:
+            raise self.expected(f"a comparison after {metric.text}", _AUTO_EXAMPLE)
+        value = self.take(_SHARE)
+        if value is None:
+            raise self.expected(f"a number after {metric.text}{op.text}", _AUTO_EXAMPLE)
+        number = float(value.text.rstrip("%")) / (100 if value.text.endswith("%") else 1)
+        return Wish(metric.text, op.text, number, source=self.source(metric.start, metric=metric, op=op, value=value))
+
+    def start(self, parts: dict[str, tuple[int, int]]) -> str:
+        name = self.take(NAME)
+        if name is None:
+            raise self.expected("a start after 'by'", "e.g. by neutral(1e-3), by fit or by blend")
+        opening = self.take(_OPEN_ARGS)
+        if opening is None:
+            parts[BY] = (name.start, self.last)
+            return name.text
+        token = self.take(ARGUMENT)
+        key = ""
+        if token is not None and self.take_sign("="):
+            key, token = f"{token.text}=", self.take(ARGUMENT)
+        if token is None:
+            raise self.expected(f"the number of the start {name.text}", "e.g. by neutral(1e-3)")
+        try:
+            value = format_argument(read_argument(token.text))
+        except ValueError as error:
+            raise self.error(str(error), token) from None
+        if not self.take_sign(")"):
+            raise self.unclosed(opening, ")", f"{name.text}({token.text}")
+        parts[BY] = (name.start, self.last)
+        return f"{name.text}({key}{value})"
 
     def argument(self, args: list[tuple[str, ArgValue]], parts: dict[str, tuple[int, int]]) -> None:
         name = self.take(_WORD)

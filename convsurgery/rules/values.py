@@ -15,6 +15,7 @@ __all__ = [
     "GLOB",
     "NAME",
     "REGEX",
+    "START",
     "ArgValue",
     "Glob",
     "KeyName",
@@ -31,6 +32,8 @@ NAME: Final = re.compile(r"[A-Za-z_](?:[A-Za-z0-9_.]|-(?!>))*")
 GLOB: Final = re.compile(r"(?:[\w.*?:]|-(?!>)|\[[^\[\]\s]+\])+")
 REGEX: Final = re.compile(r"/((?:\\.|[^/\\\n])*)/")
 ARGUMENT: Final = re.compile(r"(?:[\w.+]|-(?!>))+")
+#: ``neutral``, ``neutral(0.001)``, ``neutral(eps=0.001)``
+START: Final = re.compile(r"[a-z][a-z0-9-]*(?:\((?:[a-z]\w*=)?[^()=\s;,]+\))?")
 
 # Bounded, because int() refuses very long texts; no channel count or seed comes near.
 _DIGITS: Final = 30

@@ -1,6 +1,7 @@
 """The only package that edits a model: plan, apply, record, fuse, save and load."""
 
 from convsurgery.surgery.apply import apply, apply_
+from convsurgery.surgery.blend import blend_modules, blends, finish_blend, set_blend
 from convsurgery.surgery.decide import make_plan
 from convsurgery.surgery.fuse import fuse
 from convsurgery.surgery.plan import Entry, Plan
@@ -13,11 +14,15 @@ __all__ = [
     "Record",
     "apply",
     "apply_",
+    "blend_modules",
+    "blends",
+    "finish_blend",
     "fuse",
     "load",
     "load_weights",
     "make_plan",
     "record",
     "save",
+    "set_blend",
     "unwrap",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from convsurgery.adapters import adapter_for
 from convsurgery.errors import ConversionError
 from convsurgery.geometry import ConvGeometry
 from convsurgery.graph import aliases, copy_model
+from convsurgery.operators import Blend
 from convsurgery.surgery.plan import Entry, Plan
 from convsurgery.surgery.record import add_to_record
 from convsurgery.surgery.rewrite import chain_edit, owner_edits, rewritten
@@ -124,9 +126,15 @@ def _replacement(entry: Entry, modules: dict[str, nn.Module], names: dict[int, t
         if not _finite(parameter.detach()):
             raise ConversionError(f"{site.label}: its {name} holds NaN or infinity; nothing was converted")
     norm = modules.get(site.batchnorm) if entry.absorb and site.batchnorm else None
-    source = conv if adapter is None else adapter.plain(conv)
-    built = config.build(source, start, absorb=norm is not None and _can_absorb(norm), site=site)
-    new = built.module if adapter is None else adapter.wrap(built.module, conv, source)
+    blended = start.name == "blend"
+    # Beside its convolution an operator has weights of its own.
+    model = copy.deepcopy(conv) if blended else conv
+    source = model if adapter is None else adapter.plain(model)
+    begin = config.blended_start(site) if blended else start
+    built = config.build(source, begin, absorb=norm is not None and _can_absorb(norm), site=site)
+    new = built.module if adapter is None else adapter.wrap(built.module, model, source)
+    if blended and start.value != 1:
+        new = Blend(conv, new, start.value or 0.0, site=site.name)
     absorbed = None if norm is None or built.residual is None else (norm, built.residual)
     return _Replacement(entry, names[id(conv)], new, absorbed)
 

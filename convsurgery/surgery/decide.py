@@ -6,7 +6,7 @@ from convsurgery.errors import ArgumentError, ConversionError, NoMatchError, Rul
 from convsurgery.geometry import Block, Cost, Site
 from convsurgery.graph import Candidate, Observation, Template, find_blocks
 from convsurgery.operators import OperatorConfig, Start, bind, list_operators, operator
-from convsurgery.rules import PatternSelector, Rule, Rules, Selector, failed_tests
+from convsurgery.rules import BY, AutoTarget, PatternSelector, Rule, Rules, Selector, Target, failed_tests
 from convsurgery.surgery.plan import Entry, Plan
 
 __all__ = ["make_plan"]
@@ -25,7 +25,7 @@ def make_plan(
         total_params: its trainable parameters.
         seen: its sites and graphs.
         rules: the first rule that takes a site wins; of blocks that overlap, the first in execution order.
-        start: for all replacements; None leaves it to each operator.
+        start: for all replacements whose rule names none; None leaves it to each operator.
         data: whether there will be data to fit to.
 
     Raises:
@@ -39,15 +39,16 @@ def make_plan(
 
 class _Decision:
     def __init__(self, seen: Observation, rules: Rules, start: Start | None, data: bool) -> None:
-        self.seen, self.rules, self.wanted, self.data = seen, rules, start, data
+        self.seen, self.rules, self.data = seen, rules, data
         self.entries: dict[str, Entry] = {}
         self.misses: list[tuple[int, int, str, str]] = []
         self.notes: list[str] = []
         # All rules are bound before any work is done, so that a mistake in the last one is told at once.
-        self.configs = [None if rule.keeps else bind(rule.target) for rule in rules]
+        self.configs = [None if rule.keeps else bind(_single_target(rule)) for rule in rules]
+        self.wanted = [_wanted(rule, start) for rule in rules]
         self.starts = [
-            None if config is None else _start(rule, config, start, data)
-            for rule, config in zip(rules, self.configs, strict=True)
+            None if config is None else _start(rule, config, wanted, data)
+            for rule, config, wanted in zip(rules, self.configs, self.wanted, strict=True)
         ]
         for rule, config in zip(rules, self.configs, strict=True):
             if config is not None:
@@ -83,7 +84,7 @@ class _Decision:
         start = None
         if refusal is None:
             try:
-                start = config.start_for(self.wanted, site, data=self.data)
+                start = config.start_for(self.wanted[number], site, data=self.data)
             except ArgumentError as error:
                 refusal = error.message
         if refusal is not None or start is None:
@@ -199,11 +200,32 @@ def _pattern(selector: Selector | PatternSelector) -> str | Template:
     return code if isinstance(code, Template) else Template(code)  # type: ignore[arg-type]
 
 
+def _single_target(rule: Rule) -> Target:
+    if isinstance(rule.target, AutoTarget):
+        raise rule.target.error(
+            "auto chooses by measurement, which takes a model with weights, and images",
+            hint="convert(model, rule, calibration=images), or on the command line --dataset or --data-dir",
+        )
+    return rule.target
+
+
+def _wanted(rule: Rule, start: Start | None) -> Start | None:
+    """The start that the rule itself names, else the one for all."""
+    if not rule.target.by:
+        return start
+    if rule.keeps:
+        raise rule.target.error("what is kept does not start", BY)
+    try:
+        return Start.parse(rule.target.by)
+    except ArgumentError as error:
+        raise rule.target.error(error.message, BY, error.hint) from None
+
+
 def _start(rule: Rule, config: OperatorConfig, wanted: Start | None, data: bool) -> Start:
     try:
         return config.start_for(wanted, data=data)
     except ArgumentError as error:
-        raise rule.target.error(error.message, hint=error.hint) from None
+        raise rule.target.error(error.message, BY if rule.target.by else None, error.hint) from None
 
 
 def _check_kind(rule: Rule, config: OperatorConfig) -> None:

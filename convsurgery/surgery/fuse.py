@@ -10,6 +10,7 @@ from torch import nn
 from convsurgery.graph import aliases, copy_model, followers, regions
 from convsurgery.operators import OperatorLayer
 from convsurgery.operators.fused import batchnorm_affine, without_affine
+from convsurgery.surgery.blend import finish_blend
 from convsurgery.surgery.record import Record, record, set_record
 
 __all__ = ["fuse"]
@@ -22,7 +23,7 @@ def fuse(model: nn.Module) -> nn.Module:
     A BatchNorm is folded where FX shows that it alone consumes the operator's output; where the model does not trace,
     the constants are folded and the BatchNorms stay.
     """
-    fused = copy_model(model).eval()
+    fused = finish_blend(copy_model(model).eval())
     modules = dict(fused.named_modules(remove_duplicate=False))
     graphs, _ = regions(fused, contextlib.nullcontext())
     after = dict(followers(graphs, modules))

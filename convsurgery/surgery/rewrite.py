@@ -6,6 +6,7 @@ graph. It keeps its attributes, methods, hooks and state, ``isinstance`` holds, 
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from convsurgery.adapters import adapter_for
 from convsurgery.errors import ConversionError
 from convsurgery.geometry import Block
 from convsurgery.graph import trace_owner
+from convsurgery.operators import Blend, Built, OperatorConfig
 from convsurgery.surgery.plan import Entry
 
 __all__ = ["ChainEdit", "OwnerEdit", "chain_edit", "owner_edits", "rewritten"]
@@ -49,18 +51,32 @@ def chain_edit(entry: Entry, modules: Mapping[str, nn.Module]) -> ChainEdit:
     layers = _members(block, modules)
     adapter = adapter_for(layers[0]) if len(block.sites) == 1 else None
     if adapter is None:
-        built = config.build_block(nn.Sequential(*layers), block, start)
+        built = _built(config, nn.Sequential(*layers), entry)
         new = built.module
     else:
         conv = layers[0]
         assert isinstance(conv, nn.Conv2d)
         plain = adapter.plain(conv)
-        built = config.build_block(nn.Sequential(plain, *layers[1:]), block, start)
+        built = _built(config, nn.Sequential(plain, *layers[1:]), entry)
         new = adapter.wrap(built.module, conv, plain)
     placed: list[nn.Module] = [new, *(nn.Identity() for _ in layers[1:])]
     if built.rest is not None:
         placed[-1] = built.rest if len(layers) > 1 else nn.Sequential(new, built.rest)
     return ChainEdit(block, dict(zip(block.members, placed, strict=True)))
+
+
+def _built(config: OperatorConfig, computes: nn.Module, entry: Entry) -> Built:
+    """The operator in the block's place, or blended with the block."""
+    block, start = entry.block, entry.start
+    assert block is not None
+    assert start is not None
+    if start.name != "blend":
+        return config.build_block(computes, block, start)
+    built = config.build_block(copy.deepcopy(computes), block, config.blended_start())
+    if start.value == 1:
+        return built
+    new = built.module if built.rest is None else nn.Sequential(built.module, built.rest)
+    return Built(Blend(computes, new, start.value or 0.0, site=entry.site.name))
 
 
 def _members(block: Block, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
@@ -102,7 +118,7 @@ def _owner_edit(name: str, entries: Sequence[Entry], modules: Mapping[str, nn.Mo
         nodes = _nodes(graph, block)
         source, computes = _extract(owner, graph, nodes)
         child = _free_name(owner, block.pattern, gained)
-        built = config.build_block(computes.train(owner.training), block, start)
+        built = _built(config, computes.train(owner.training), entry)
         gained[child] = built.module if built.rest is None else nn.Sequential(built.module, built.rest)
         last = nodes[-1]
         with graph.inserting_before(last):

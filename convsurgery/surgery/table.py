@@ -98,6 +98,8 @@ def _starts(plan: Plan) -> list[str]:
             names = ", ".join(dict.fromkeys(entry.config.name for entry in some if entry.config))
             what = "the convolution" if any(entry.block is None for entry in some) else "the layers"
             line = f"{names} by {start} {_KEEPS[kept].format(what)}"
+            if start.startswith("blend"):
+                line += " at t = 0"
             absorbed = [entry.site.batchnorm for entry in some if entry.absorb]
             if absorbed:
                 who = str(absorbed[0]) if len(absorbed) == 1 else f"the BatchNorm behind it, at {len(absorbed)} sites"
