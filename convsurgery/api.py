@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,16 +12,16 @@ from torch.nn.parameter import is_lazy
 
 from convsurgery import models as models  # makes their names known to timm
 from convsurgery import zoo
+from convsurgery.adapt.calibration import Calibration, fits_of, run_fits
 from convsurgery.adapt.evaluation import evaluate
 from convsurgery.adapt.finetuning import finetune
-from convsurgery.adapt.fitting import Fit, fit_layers
+from convsurgery.adapt.fitting import Fit, FitOptions, LayerFit
+from convsurgery.adapt.images import calibration_images
 from convsurgery.errors import ConversionError, ModelError
-from convsurgery.geometry import Block
-from convsurgery.graph import Template, copy_model, observe
+from convsurgery.graph import Template, observe
 from convsurgery.operators import Start, list_operators
 from convsurgery.rules import PatternSelector, RulesLike, as_rules, list_selectors, parse_selector
 from convsurgery.surgery import (
-    Entry,
     Plan,
     apply,
     apply_,
@@ -35,6 +35,7 @@ from convsurgery.surgery import (
     set_blend,
     unwrap,
 )
+from convsurgery.surgery.record import set_record
 from convsurgery.zoo import create_model, load_checkpoint
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def convert(
     example_inputs: Inputs = None,
     start: str | Start | None = None,
     calibration: Any = None,
-    on_layer: Callable[[str, float], object] | None = None,
+    on_layer: Callable[[LayerFit], object] | None = None,
 ) -> nn.Module:
     """A copy of ``model`` with the convolutions that ``rule`` takes replaced; the model itself stays as it is.
 
@@ -153,10 +154,9 @@ def convert(
 
     Args:
         model, rule, example_inputs, start: as for :func:`plan`.
-        calibration: images (a tensor, or an iterable of batches that can be repeated, such as a DataLoader). Operators
-            that can be fitted to data are, on the convolutions' outputs; those that start by ``copy`` get a
-            per-channel affine.
-        on_layer: called with every fitted layer's name and the relative error left there.
+        calibration: images, as for :func:`calibrate`. Operators are fitted to the convolutions' outputs as far as they
+            can be.
+        on_layer: called with a :class:`LayerFit` for every layer that was fitted.
 
     Raises:
         As :func:`plan`; ConversionError also when a weight is not finite, or when every site the rule takes has to be
@@ -169,8 +169,11 @@ def convert(
         >>> torch.equal(new(x), model(x))
         True
     """
-    options: dict[str, Any] = {"start": start, "calibration": calibration, "on_layer": on_layer}
-    return convert_(copy_model(model), rule, example_inputs=example_inputs, **options)
+    made = _edits(model, rule, example_inputs, start, data=calibration is not None)
+    fits = fits_of(made.edits)
+    if calibration is None or not fits:
+        return apply(model, made)
+    return _fitted(model, made, fits, calibration, on_layer)
 
 
 def convert_(
@@ -180,54 +183,58 @@ def convert_(
     example_inputs: Inputs = None,
     start: str | Start | None = None,
     calibration: Any = None,
-    on_layer: Callable[[str, float], object] | None = None,
+    on_layer: Callable[[LayerFit], object] | None = None,
 ) -> nn.Module:
     """As :func:`convert`, in place: ``model`` itself is changed and returned; on an error it is as it was.
 
     The Parameter objects are kept, so that an optimiser made before goes on to work. A model that *is* a Conv2d cannot
     become another class: use the return value.
     """
-    made = _plan(model, rule, example_inputs, start, data=calibration is not None)
+    made = _edits(model, rule, example_inputs, start, data=calibration is not None)
+    fits = fits_of(made.edits)
+    if calibration is None or not fits:
+        return apply_(model, made)
+    # The fit runs on a copy, so that data that fails leaves the model as it was.
+    trial = _fitted(model, made, fits, calibration, on_layer)
+    new = apply_(model, made)
+    theirs = dict(trial.named_modules(remove_duplicate=False))
+    for name, fit in fits.items():
+        new.get_submodule(name).load_state_dict(theirs[name].state_dict())
+        if fit.batchnorm:
+            norm = new.get_submodule(fit.batchnorm)
+            norm.load_state_dict(theirs[fit.batchnorm].state_dict())
+            norm.eps = theirs[fit.batchnorm].eps
+    done, its = record(new), record(trial)
+    assert done is not None
+    assert its is not None
+    set_record(new, dataclasses.replace(done, norms=its.norms))
+    return new
+
+
+def _edits(model: nn.Module, rule: RulesLike, example_inputs: Inputs, start: str | Start | None, *, data: bool) -> Plan:
+    """The plan to carry out; raises where there would be nothing to do, or data are missing."""
+    made = _plan(model, rule, example_inputs, start, data=data)
     if made.skips and not made.edits:
         reasons = "\n".join(f"  {entry.site.label}: {entry.reason}" for entry in made.skips[:8])
         if not all(entry.reason == "kept" for entry in made.skips):
             raise ConversionError(f"every convolution that {made.rule} takes has to stay:\n{reasons}")
-    if calibration is None:
+    if not data:
         _needs_no_data(made)
-        return apply_(model, made)
-    fitted = _fittable(made.edits)
-    if not fitted:
-        return apply_(model, made)
-    # The fit runs on a copy, so that data that fails leaves the model as it was.
+    return made
+
+
+def _fitted(
+    model: nn.Module,
+    made: Plan,
+    fits: Mapping[str, Fit],
+    calibration: Any,
+    on_layer: Callable[[LayerFit], object] | None,
+) -> nn.Module:
+    """A converted copy of ``model``, fitted to it."""
     trial = apply(model, made)
-    fit_layers(trial, model, fitted, calibration, on_layer)
-    new = apply_(model, made)
-    for name, fit in fitted.items():
-        for changed in (name, *([fit.batchnorm] if fit.batchnorm else [])):
-            new.get_submodule(changed).load_state_dict(trial.get_submodule(changed).state_dict())
-    return new
-
-
-def _fittable(edits: Sequence[Entry]) -> dict[str, Fit]:
-    """The operators to fit, in execution order: those that start by fit, or with the weights but not the function."""
-    fits: dict[str, Fit] = {}
-    for entry in edits:
-        start, site, block = entry.start, entry.site, entry.block
-        if start is None:
-            continue
-        ridge = start.value if start.name == "fit" else None
-        if block is not None:
-            if start.name == "fit":
-                fits[_child(block, fits)] = Fit(ridge, branch=(block.members[0], block.members[-1]))
-        elif start.name == "fit" or (start.name == "copy" and entry.exactness == "none"):
-            fits[site.name] = Fit(ridge, None if site.geometry.bias else site.batchnorm)
-    return fits
-
-
-def _child(block: Block, taken: Mapping[str, Fit]) -> str:
-    """The name that the module in a block's place got under the block's owner."""
-    names = (f"{block.owner}.{block.pattern}{f'_{i}' if i else ''}".lstrip(".") for i in itertools.count())
-    return next(name for name in names if name not in taken)
+    images = calibration_images(calibration, model)
+    run_fits(trial, model, fits, images, FitOptions(), progress=False, on_layer=on_layer)
+    return trial
 
 
 def _needs_no_data(made: Plan) -> None:
@@ -245,35 +252,56 @@ def _needs_no_data(made: Plan) -> None:
 
 def calibrate(
     model: nn.Module,
-    batches: Any,
+    data: Any,
     *,
     teacher: nn.Module,
-    on_layer: Callable[[str, float], object] | None = None,
-) -> dict[str, float]:
+    images: int | None = None,
+    target: float | None = None,
+    batchnorm: bool = False,
+    steps: int = 0,
+    progress: bool = True,
+    on_layer: Callable[[LayerFit], object] | None = None,
+) -> Calibration:
     """Fit what has a closed form to the teacher's convolutions; no training.
 
-    Layer by layer in execution order, in float64, streaming; ``model`` is changed in place. Operators that start by
-    ``fit`` get their best weights, kervolutions that started by ``copy`` a per-channel affine. What :func:`convert`
-    does with ``calibration=``, for a model converted before.
+    Layer by layer in execution order, in float64, streaming: each pass over the images runs no further than the layer
+    it is for, and keeps sums, not activations. ``model`` is changed in place. Layers that start by ``neutral`` get the
+    largest ε that meets ``target``, unless the rule gave one, and the best gain and offset for it; those that start by
+    ``fit`` their best weights; kervolutions that start by ``copy``, alone or in a blend, the best gain and offset. With
+    ``steps`` fitted layers are then improved by gradient, each on its own.
+
+    What :func:`convert` does with ``calibration=``, for a model converted before, and with more choices.
 
     Args:
         model: a converted model.
-        batches: images, as for :func:`convert`.
-        teacher: the original model.
-        on_layer: called with every layer's name and error when it is done.
+        data: a tensor of images (N, C, H, W), a DataLoader or another iterable of batches that can be repeated, a
+            :class:`DataSplit` or a folder of image files. 64 images are enough for most layers.
+        teacher: the original model; not changed.
+        images: how many to use at most; all when None.
+        target: relative error that a layer on the neutral start may have; 1e-3 when None.
+        batchnorm: give BatchNorms behind fitted layers the mean and variance they now meet, relative to the teacher's.
+        steps: of gradient descent on each fitted layer; a few hundred help where the closed form leaves much.
+        progress: a bar, where standard error is a terminal.
+        on_layer: called with every :class:`LayerFit` when it is done.
 
     Returns:
-        The relative error left at each layer, √(unexplained over total variance), channels averaged.
+        A mapping from names to the relative error left at each layer, √(mean square over variance), channels averaged;
+        prints as a table with the errors before, and what was found.
 
     Raises:
         ConversionError: when no operator of the model can be fitted, or the teacher is another model.
-        DataError: for data that holds nothing.
+        DataError: for data that is empty, of the wrong size or type, or not finite. Warns when images look
+            un-normalised.
     """
     done = record(model)
-    fitted = _fittable(done.edits if done else ())
-    if not fitted:
-        raise ConversionError("no operator of this model started by fit or copy: there is nothing to fit")
-    return fit_layers(model, teacher, fitted, batches, on_layer)
+    fits = fits_of(done.edits if done else ())
+    if not fits:
+        raise ConversionError(
+            "no operator of this model starts by neutral, fit, copy or blend: there is nothing to fit"
+        )
+    source = calibration_images(data, model, images=images)
+    options = FitOptions(target, batchnorm, steps)
+    return run_fits(model, teacher, fits, source, options, progress=progress, on_layer=on_layer)
 
 
 def export_onnx(

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from convsurgery import zoo
 from convsurgery.errors import DataError, nearest
 
-__all__ = ["DataSplit", "InputSpec", "input_spec", "list_datasets", "load_data"]
+__all__ = ["DataSplit", "InputSpec", "image_transform", "input_spec", "list_datasets", "load_data"]
 
 # Names timm's create_dataset takes, with their number of classes.
 _TIMM = {
@@ -273,6 +273,20 @@ def _digits(image: InputSpec) -> tuple[_Digits, _Digits]:
     return train, val
 
 
+def image_transform(image: InputSpec) -> Any:
+    """From a PIL image to a normalised tensor (C, H, W), as in validation."""
+    from timm.data import create_transform
+
+    return create_transform(
+        input_size=image.input_size,
+        mean=image.mean,
+        std=image.std,
+        interpolation=image.interpolation,
+        crop_pct=image.crop_pct,
+        crop_mode=image.crop_mode,
+    )
+
+
 def _transforms(image: InputSpec, augment: bool | Mapping[str, Any]) -> tuple[Any, Any]:
     """Training and validation transforms from a PIL image to a normalised tensor."""
     from timm.data import create_transform
@@ -287,10 +301,7 @@ def _transforms(image: InputSpec, augment: bool | Mapping[str, Any]) -> tuple[An
         )
     except TypeError as error:
         raise DataError(f"augment: timm.data.create_transform does not take this: {error}") from error
-    val = create_transform(
-        **common, interpolation=image.interpolation, crop_pct=image.crop_pct, crop_mode=image.crop_mode
-    )
-    return train, val
+    return train, image_transform(image)
 
 
 class _Mode:

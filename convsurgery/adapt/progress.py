@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-__all__ = ["Lines", "Progress", "RichProgress", "make_progress"]
+__all__ = ["LayerProgress", "Lines", "Progress", "RichProgress", "make_progress"]
 
 
 class Progress:
@@ -91,3 +91,40 @@ def make_progress(show: bool, interval: int, stream: Any = None) -> Progress:
     if not show:
         return Progress()
     return RichProgress(stream) if stream.isatty() else Lines(stream, interval)
+
+
+class LayerProgress:
+    """A bar over layers on a terminal; silent elsewhere, where a table follows.
+
+    Args:
+        what: is being done, such as "calibrating".
+        total: number of layers.
+        show: False for silence on terminals too.
+    """
+
+    def __init__(self, what: str, total: int, *, show: bool) -> None:
+        self.bar: Bar | None = None
+        if not (show and sys.stderr.isatty()):
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[layer]}"),
+            TimeRemainingColumn(),
+        )
+        self.bar = Bar(*columns, console=Console(stderr=True), transient=True)
+        self.task = self.bar.add_task(what, total=total, layer="")
+        self.bar.start()
+
+    def done(self, layer: str) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, advance=1, layer=layer)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()

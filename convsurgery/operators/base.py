@@ -104,14 +104,20 @@ class Fitter(Protocol):
 
     Attributes:
         shift: in the end what has to be added to the layer's output, (C_out,), where it has no bias; else None.
+        local: whether the layer is to be compared with its convolution on the layer's own input, instead of with what
+            the convolution gives in the original model.
         note: what the user should know of this fit, such as a penalty that had to be raised; "" for nothing.
     """
 
     shift: Tensor | None
+    local: bool
     note: str
 
     def add(self, input: Tensor, output: Tensor, target: Tensor) -> None:
-        """One batch: the layer's input, its output as it is now, and the convolution's output in the original model."""
+        """One batch: the layer's input, its output as it is now, and what the convolution gives.
+
+        The input is as :meth:`OperatorLayer.prepared` gives it, but for ``local`` fits: those get what the layer does.
+        """
 
     def finish(self) -> float | None:
         """End of the data: the relative error that is left, or None when it wants to see all of it once more."""

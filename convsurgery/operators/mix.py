@@ -57,6 +57,8 @@ class MixFit:
             output are then fitted in a second pass.
     """
 
+    local = False
+
     def __init__(self, layer: MixLayer, ridge: float, *, shift: bool, rescale: bool = False) -> None:
         self.layer, self.ridge, self.rescale = layer, ridge, rescale
         self.offsets = shift or layer.bias is not None
@@ -64,6 +66,7 @@ class MixFit:
         self.equations: NormalEquations | None = NormalEquations(layer.groups, features, bias=self.offsets)
         self.moments = Moments()
         self.shift: Tensor | None = None
+        self.note = ""
 
     def add(self, input: Tensor, output: Tensor, target: Tensor) -> None:
         if self.equations is not None:
@@ -75,6 +78,7 @@ class MixFit:
     def finish(self) -> float | None:
         if self.equations is not None:
             weight, offset, error = self.equations.solve(self.ridge)
+            self.note = self.equations.note
             self.equations = None
             self.layer.weight.copy_(weight.view_as(self.layer.weight))
             if offset is not None:

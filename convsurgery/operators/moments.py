@@ -40,6 +40,11 @@ class Moments:
         best: Tensor = mean_y - gain * mean_x
         return best
 
+    def statistics(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Mean and variance of x, then of y, (C,) each."""
+        mean_x, mean_y, xx, _, yy = self.sums / self.count
+        return (mean_x, (xx - mean_x**2).clamp_min(0)), (mean_y, (yy - mean_y**2).clamp_min(0))
+
     def error(self, gain: Tensor | float = 1.0, offset: Tensor | float = 0.0) -> float:
         """√(mean square of y − (gain·x + offset), over the variance of y), channels averaged."""
         mean_x, mean_y, xx, xy, yy = self.sums / self.count

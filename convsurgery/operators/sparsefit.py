@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convsurgery.operators.ridge import enough, ridge_note
+
 if TYPE_CHECKING:
     from convsurgery.operators.linear_mix import LinearMix2d
 
@@ -28,8 +30,10 @@ class SparseFit:
         shift: whether an offset may be left over where the layer has no bias.
     """
 
+    local = False
+
     def __init__(self, layer: LinearMix2d, weight: Tensor, ridge: float, *, shift: bool) -> None:
-        self.layer, self.dense, self.ridge = layer, weight, ridge
+        self.layer, self.dense, self.ridge, self.note = layer, weight, ridge, ""
         self.offsets = shift or layer.bias is not None
         self.shift: Tensor | None = None
         self.sums: dict[str, Tensor] = {}
@@ -109,7 +113,8 @@ class SparseFit:
         channels = layer.mix.shape[1]
         diagonal = torch.diagonal(sums["cc"], dim1=1, dim2=2)
         power = diagonal[:, :channels].mean(1).clamp_min(torch.finfo(torch.float64).tiny)
-        strength = self.ridge
+        unknowns = channels + sums["ct"].shape[3]
+        strength = enough(self.ridge, float(sums["n"]), unknowns)
         while True:
             penalty = (strength * power).unsqueeze(1).expand_as(diagonal).clone()
             penalty[:, channels:] = 0
@@ -117,6 +122,7 @@ class SparseFit:
             if not failed.any():
                 break
             strength = max(strength, 1e-12) * 10
+        self.note = ridge_note(self.ridge, strength, float(sums["n"]), unknowns)
         u = torch.cholesky_solve(sums["cy"], factor)  # (g, K, out)
         groups, per_group = sums["ct"].shape[:2]
         b = sums["ct"]  # (g, s, K, T)

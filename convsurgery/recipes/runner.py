@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from convsurgery import api
+from convsurgery.adapt.calibration import Calibration
 from convsurgery.adapt.data import DataSplit, load_data
 from convsurgery.adapt.evaluation import EvalResult
+from convsurgery.adapt.fitting import LayerFit
 from convsurgery.errors import RecipeError
 from convsurgery.recipes.schema import ConvertStep, Recipe
 
@@ -128,14 +130,13 @@ class _Run:
     def _converted(self, model: nn.Module, step: ConvertStep) -> nn.Module:
         self._say(f"convert: {step.rule}")
         images = self._images(model)
-        errors: dict[str, float] = {}
-        new = api.convert(model, step.rule, start=step.start, calibration=images, on_layer=errors.__setitem__)
+        layers: list[LayerFit] = []
+        new = api.convert(model, step.rule, start=step.start, calibration=images, on_layer=layers.append)
         done = api.record(new)
         self.console.print(str(done.plans[-1] if done else ""), markup=False)
-        if errors and images is not None:
-            self._say(f"calibrated on {len(images)} images: relative error left at each layer")
-            for name, error in errors.items():
-                self.console.print(f"  {name}  {error:.3f}")
+        if layers and images is not None:
+            self._say(f"calibrated on {len(images)} images")
+            self.console.print(str(Calibration(tuple(layers))), markup=False)
         return new
 
     def _images(self, model: nn.Module) -> Tensor | None:

@@ -229,7 +229,7 @@ class _Parser:
         options = [self.target()]
         while self.take_sign("|"):
             options.append(self.target())
-        wishes = []
+        wishes: list[Wish] = []
         while not self.take_sign(")"):
             if not self.take_sign(","):
                 raise self.unclosed(opening, ")", str((wishes or options)[-1]), _AUTO_EXAMPLE)

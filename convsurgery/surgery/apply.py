@@ -15,6 +15,7 @@ from convsurgery.errors import ConversionError
 from convsurgery.geometry import ConvGeometry
 from convsurgery.graph import aliases, copy_model
 from convsurgery.operators import Blend
+from convsurgery.surgery.absorb import absorb, can_absorb
 from convsurgery.surgery.plan import Entry, Plan
 from convsurgery.surgery.record import add_to_record
 from convsurgery.surgery.rewrite import chain_edit, owner_edits, rewritten
@@ -62,7 +63,7 @@ def apply_(model: nn.Module, plan: Plan) -> nn.Module:
         for item in single:
             root = _put(modules, item.names, item.new, root, undo)
             if item.norm is not None:
-                norms[str(item.entry.site.batchnorm)] = _absorb(*item.norm, undo)
+                norms[str(item.entry.site.batchnorm)] = absorb(*item.norm, undo=undo)
         for chain in chains:
             for name, new in chain.modules.items():
                 root = _put(modules, names[id(modules[name])], new, root, undo)
@@ -131,7 +132,7 @@ def _replacement(entry: Entry, modules: dict[str, nn.Module], names: dict[int, t
     model = copy.deepcopy(conv) if blended else conv
     source = model if adapter is None else adapter.plain(model)
     begin = config.blended_start(site) if blended else start
-    built = config.build(source, begin, absorb=norm is not None and _can_absorb(norm), site=site)
+    built = config.build(source, begin, absorb=norm is not None and can_absorb(norm), site=site)
     new = built.module if adapter is None else adapter.wrap(built.module, model, source)
     if blended and start.value != 1:
         new = Blend(conv, new, start.value or 0.0, site=site.name)
@@ -159,36 +160,3 @@ def _set(parent: nn.Module, name: str, new: nn.Module, undo: list[Callable[[], N
     old = parent._modules[name]
     undo.append(lambda: parent._modules.__setitem__(name, old))
     parent._modules[name] = new
-
-
-def _can_absorb(norm: nn.Module) -> bool:
-    """Its statistics must be rescaled without loss: full precision only."""
-    mean = getattr(norm, "running_mean", None)
-    return isinstance(mean, Tensor) and mean.dtype in (torch.float32, torch.float64)
-
-
-def _absorb(norm: nn.Module, residual: Tensor, undo: list[Callable[[], None]]) -> float:
-    """Make ``norm`` give on r·y what it gave on y, for r per channel; returns its new epsilon.
-
-    (r·y − r·μ) / √(r²·(σ² + e) − e' + e') is (y − μ) / √(σ² + e) in eval mode for any e'. In training the batch
-    variance r²σ² meets e' alone; e' = e·min r² keeps the ratio it had (exactly so where all r are alike).
-    """
-    mean, var, eps = norm.running_mean, norm.running_var, float(norm.eps)  # type: ignore[arg-type]
-    assert isinstance(mean, Tensor)
-    assert isinstance(var, Tensor)
-    old_mean, old_var = mean.clone(), var.clone()
-
-    def restore() -> None:
-        mean.copy_(old_mean)
-        var.copy_(old_var)
-        norm.eps = eps  # type: ignore[assignment]
-
-    undo.append(restore)
-    r = residual.to(mean.device)
-    new_eps = eps * float(r.min()) ** 2
-    mean.copy_(old_mean.double() * r)
-    var.copy_((r.square() * (old_var.double() + eps) - new_eps).clamp_min(0))
-    norm.eps = new_eps  # type: ignore[assignment]
-    if not math.isfinite(new_eps):
-        raise ConversionError("the batch norm's epsilon is not finite")
-    return new_eps

@@ -27,8 +27,10 @@ class Reconstruction:
     measures it.
     """
 
+    local = False
+
     def __init__(self, layer: ReactionDiffusion2d, ridge: float) -> None:
-        self.layer, self.ridge = layer, ridge
+        self.layer, self.ridge, self.note = layer, ridge, ""
         self.shift: Tensor | None = None
         self.equations: NormalEquations | None = NormalEquations(1, layer.channels, bias=True)
         self.left = _PASSES
@@ -67,6 +69,7 @@ class Reconstruction:
         if self.equations is not None:
             with torch.no_grad():
                 self._begin(self.equations)
+            self.note = self.equations.note
             self.equations = None
             return None
         if self.left:

@@ -3,6 +3,7 @@
 Wang, Yang, Xie, Yuan: *Kervolutional Neural Networks*, CVPR 2019. One file for each kernel.
 """
 
+from convsurgery.operators.kervolution._fitting import NeutralFit
 from convsurgery.operators.kervolution._layer import Kervolution2d
 from convsurgery.operators.kervolution.gauss import GaussKervolution2d, KervGauss, kerv_gauss
 from convsurgery.operators.kervolution.l1 import KervL1, L1Kervolution2d, kerv_l1
@@ -23,6 +24,7 @@ __all__ = [
     "L1Kervolution2d",
     "L2Kervolution2d",
     "LinearKervolution2d",
+    "NeutralFit",
     "PolyKervolution2d",
     "SigmoidKervolution2d",
     "kerv_gauss",

@@ -14,8 +14,8 @@ from typing_extensions import Self
 from convsurgery.errors import ConvSurgeryError
 from convsurgery.geometry import Cost, Site
 from convsurgery.operators.base import Built, Fitter, Start
+from convsurgery.operators.kervolution._fitting import AffineFit, NeutralFit
 from convsurgery.operators.layer import OperatorLayer, conv_options
-from convsurgery.operators.moments import Moments
 from convsurgery.operators.precision import REDUCED
 
 __all__ = ["Kervolution2d", "distance_cost", "learnable_cost", "power_of_two"]
@@ -33,8 +33,8 @@ class Kervolution2d(OperatorLayer):
 
     The options are those of :class:`torch.nn.Conv2d` (Wang et al., 2019, §3.4); the bias stands outside the kernel.
     ``gain`` g, ``scale`` a and ``offset`` (added to the bias) are constants of the layer, not parameters: absent (1, 1,
-    0) in the paper's own form, set by the neutral start. With ``centered`` the response κ₀ = κ(0, w) to an empty window
-    is subtracted, in a form that does not cancel.
+    0) in the paper's own form, set by the neutral start, which also notes its ``eps``. With ``centered`` the response
+    κ₀ = κ(0, w) to an empty window is subtracted, in a form that does not cancel.
 
     Shapes:
         input (N, C_in, H, W) or (C_in, H, W); output as :class:`torch.nn.Conv2d` gives it.
@@ -44,13 +44,16 @@ class Kervolution2d(OperatorLayer):
     op_name: ClassVar[str]
     #: name of the hyperparameter tensor, or "" for a kernel without one
     hyper_name: ClassVar[str] = ""
-    constants: ClassVar[tuple[str, ...]] = ("scale", "gain", "offset")
+    constants: ClassVar[tuple[str, ...]] = ("scale", "gain", "offset", "eps")
+    #: how the constants (and "hyper") go with ε when only the nonlinearity is to change: the powers of the ratio
+    dial: ClassVar[dict[str, int]] = {}
 
     weight: Tensor
     bias: Tensor | None
     scale: Tensor | None
     gain: Tensor | None
     offset: Tensor | None
+    eps: Tensor | None
 
     def __init__(
         self,
@@ -115,6 +118,14 @@ class Kervolution2d(OperatorLayer):
         assert value is not None
         return value
 
+    def change_hyper(self, value: Tensor) -> None:
+        """Another value, fixed or learnable as the present one is."""
+        log = self._parameters.get(f"log_{self.hyper_name}")
+        if log is None:
+            self._buffers[self.hyper_name] = value
+        else:
+            log.data = value.log().expand_as(log).to(log).clone()
+
     def options(self) -> dict[str, Any]:
         """The arguments of constructor and op that only this kernel has, but for the hyperparameter."""
         return {}
@@ -158,24 +169,54 @@ class Kervolution2d(OperatorLayer):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         return torch.as_tensor(value, dtype=torch.float64).to(dtype).to(self.weight.device)
 
-    def begin(self, start: Start, neutral: Callable[[], Tensor] | None, *, absorb: bool) -> Built:
-        """Finish a start: ``neutral`` sets scale and hyperparameter and returns the gain that undoes them.
+    def neutral(self, eps: float) -> Tensor:
+        """Set scale and hyperparameter for a neutral setting of this ε; returns the gain that undoes them, float64."""
+        raise NotImplementedError
+
+    def set_nonlinearity(self, eps: float) -> None:
+        """Go to another ε from the neutral start's; what the layer does to small inputs stays as it is."""
+        if self.eps is None:
+            raise ConvSurgeryError(f"{type(self).__name__} did not start by neutral: it has no ε to change")
+        ratio = eps / float(self.eps)
+        for name, power in self.dial.items():
+            if name == "hyper" and (log := self._parameters.get(f"log_{self.hyper_name}")) is not None:
+                log.data += power * math.log(ratio)
+                continue
+            stored = self.hyper_name if name == "hyper" else name
+            value = self._buffers[stored]
+            assert value is not None
+            self._buffers[stored] = (value.double() * ratio**power).to(value)
+        self.eps = self.constant(eps)
+
+    def begin(self, start: Start, eps: float | None, *, absorb: bool) -> Built:
+        """Finish a start; ``eps`` is that of the neutral one where the kernel has it.
 
         With ``absorb``, and without a bias, the power of two nearest to the gains stays here, so that the output keeps
         the convolution's magnitude also in half precision, and the per-channel rest is left to the BatchNorm.
         """
         if start.name == "random":
             self.redraw(int(start.value or 0))
-        if start.name != "neutral" or neutral is None:
+        if start.name != "neutral" or eps is None:
             return Built(self)
-        gain = neutral()
-        if absorb and self.bias is None and float(gain.max() / gain.min()) <= _ABSORB_SPREAD:
-            kept = power_of_two(float(gain.log2().mean().exp2()))
-            self.gain = self.constant(kept)
-            residual = (kept / gain).expand(self.out_channels).clone()
-            return Built(self, None if bool((residual == 1).all()) else residual)
-        self.gain = self.constant(gain)
-        return Built(self)
+        # Given no ε, data may choose one.
+        self.free_eps = start.value is None
+        eps = power_of_two(start.value or eps)
+        self.eps, gain = self.constant(eps), self.neutral(eps)
+        residual = self.take_gain(gain) if absorb and self.bias is None else None
+        if residual is None:
+            self.gain = self.constant(gain)
+        return Built(self, None if residual is None or bool((residual == 1).all()) else residual)
+
+    def take_gain(self, gain: Tensor) -> Tensor | None:
+        """Keep the power of two nearest to the gains (float64); what it leaves of each channel, (C_out,).
+
+        None, and nothing is kept, where the gains are too different for a BatchNorm, or not positive.
+        """
+        if not float(gain.min()) > 0 or float(gain.max() / gain.min()) > _ABSORB_SPREAD:
+            return None
+        kept = power_of_two(float(gain.log2().mean().exp2()))
+        self.gain = self.constant(kept)
+        return (kept / gain).expand(self.out_channels).clone()
 
     def redraw(self, seed: int) -> None:
         """New random parameters in place of the convolution's, which are left as they are."""
@@ -219,8 +260,12 @@ class Kervolution2d(OperatorLayer):
         return True
 
     def fitter(self, conv: nn.Conv2d, ridge: float | None = None, *, shift: bool = False) -> Fitter:
-        """Fits gain and offset; a penalty has no part in it, and nothing is left over."""
-        return _AffineFit(self)
+        """Fits gain and offset, and for a neutral start ε; a penalty has no part in it."""
+        return AffineFit(self) if self.eps is None else NeutralFit(self, absorb=shift)
+
+    def saturation(self, input: Tensor) -> str | None:
+        """What to change where this kernel hardly answers to its input any more; None where it does."""
+        return None
 
     # -- state: constants may be absent, scalars or vectors, and the file decides
 
@@ -269,26 +314,6 @@ class Kervolution2d(OperatorLayer):
             shown = "meta" if value.is_meta else f"{value.item():.4g}" if value.dim() == 0 else "per channel"
             text += f", {self.hyper_name}={shown}" + (", learnable" if learnable else "")
         return text + (", centered" if self.centered else "")
-
-
-class _AffineFit:
-    """Gain and offset of each channel by least squares on the convolution's own outputs."""
-
-    def __init__(self, layer: Kervolution2d) -> None:
-        self.layer, self.moments = layer, Moments()
-        self.shift: Tensor | None = None
-        layer.gain = layer.offset = None
-
-    def add(self, input: Tensor, output: Tensor, target: Tensor) -> None:
-        bias = self.layer.bias
-        self.moments.add(output if bias is None else output - bias.detach().view(-1, 1, 1), target)
-
-    def finish(self) -> float:
-        layer = self.layer
-        gain, offset = self.moments.affine()
-        layer.gain = layer.constant(gain)
-        layer.offset = layer.constant(offset - (0 if layer.bias is None else layer.bias.detach().double()))
-        return self.moments.error(gain, offset)
 
 
 def learnable_cost(site: Site, learnable: bool | str, base: Cost) -> Cost:

@@ -22,7 +22,7 @@ from convsurgery.operators.kervolution._conv import (
     squared_norm,
     window_squares,
 )
-from convsurgery.operators.kervolution._layer import Kervolution2d, distance_cost, learnable_cost, power_of_two
+from convsurgery.operators.kervolution._layer import Kervolution2d, distance_cost, learnable_cost
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
 from convsurgery.operators.precision import no_grad_needed, result_dtype
 
@@ -117,11 +117,21 @@ class GaussKervolution2d(Kervolution2d):
 
     op_name = "kerv_gauss"
     hyper_name = "gamma"
+    dial = {"scale": -1, "hyper": 2, "gain": -1}
 
     def __init__(self, *args: Any, gamma: float | None = None, learnable: bool | str = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = KervGauss(gamma=gamma, learnable=learnable)
         self.set_hyper(self.constant(config.gamma or 1 / self.geometry.patch), learnable)
+
+    def neutral(self, eps: float) -> Tensor:
+        # γ = κε² and filters w/(2κε), κ the largest ‖w_o‖² (here up to the next power of two, so that scaling the
+        # filters is exact): exp(−γ‖x − w'‖²) = e^(−‖w‖²/4κ) · exp(εwᵀx − κε²‖x‖²).
+        norms = self.weight.detach().double().square().sum((1, 2, 3))
+        kappa = 2.0 ** math.ceil(math.log2(max(float(norms.max()), 2.0**-40)))
+        self.scale = self.constant(1 / (2 * kappa * eps))
+        self.change_hyper(self.constant(kappa * eps**2))
+        return (norms / (4 * kappa)).exp() / eps
 
 
 def _body(form: NodeForm) -> list[str]:
@@ -156,7 +166,7 @@ class KervGauss(OperatorConfig):
     formula: ClassVar[str] = "exp(−γ‖x − w‖²)"
     source: ClassVar[str] = "Wang et al. 2019, eq. 11"
     starts: ClassVar[dict[str, str]] = {"neutral": "approximate", "copy": "none", "random": "none"}
-    default_eps: ClassVar[float] = 2.0**-21
+    default_eps: ClassVar[float] = 2.0**-24
     onnx: ClassVar[OnnxFunction] = OnnxFunction(
         "GaussKervolution2d",
         "kerv_gauss",
@@ -184,15 +194,4 @@ class KervGauss(OperatorConfig):
     def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool, site: Site | None = None) -> Built:
         layer = GaussKervolution2d.like(conv, centered=start.name == "neutral")
         layer.set_hyper(layer.constant(self.gamma or 1 / layer.geometry.patch), self.learnable)
-
-        def neutral() -> Tensor:
-            # γ = κε² and filters w/(2κε), κ the largest ‖w_o‖² (here up to the next power of two, so that scaling
-            # the filters is exact): exp(−γ‖x − w'‖²) = e^(−‖w‖²/4κ) · exp(εwᵀx − κε²‖x‖²).
-            eps = power_of_two(start.value or self.default_eps)
-            norms = conv.weight.detach().double().square().sum((1, 2, 3))
-            kappa = 2.0 ** math.ceil(math.log2(max(float(norms.max()), 2.0**-40)))
-            layer.scale = layer.constant(1 / (2 * kappa * eps))
-            layer.set_hyper(layer.constant(kappa * eps**2), self.learnable)
-            return (norms / (4 * kappa)).exp() / eps
-
-        return layer.begin(start, neutral, absorb=absorb)
+        return layer.begin(start, self.default_eps, absorb=absorb)

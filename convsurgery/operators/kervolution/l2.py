@@ -28,7 +28,7 @@ from convsurgery.operators.kervolution._conv import (
     squared_norm,
     window_squares,
 )
-from convsurgery.operators.kervolution._layer import Kervolution2d, distance_cost, power_of_two
+from convsurgery.operators.kervolution._layer import Kervolution2d, distance_cost
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
 from convsurgery.operators.precision import no_grad_needed, result_dtype
 
@@ -128,6 +128,16 @@ class L2Kervolution2d(Kervolution2d):
     """Layer form of :func:`kerv_l2`; options as :class:`torch.nn.Conv2d`."""
 
     op_name = "kerv_l2"
+    dial = {"scale": -1}
+
+    def neutral(self, eps: float) -> Tensor:
+        # Filters −w/(ε‖w‖), at distance 1/ε: ‖x − w'‖ ≈ 1/ε + wᵀx/‖w‖. The norm is rounded up to a power of two in the
+        # scale, so that scaling is exact, and kept in full in the gain. A dead filter is given a small norm: its
+        # output stays near the 0 it was.
+        norms = self.weight.detach().double().square().sum((1, 2, 3)).sqrt()
+        norms = norms.clamp_min(max(1e-6 * float(norms.max()), 2.0**-40))
+        self.scale = self.constant(-1 / (eps * norms.log2().ceil().exp2()))
+        return norms
 
 
 def _body(form: NodeForm) -> list[str]:
@@ -154,7 +164,7 @@ class KervL2(OperatorConfig):
     formula: ClassVar[str] = "‖x − w‖₂"
     source: ClassVar[str] = "Wang et al. 2019, eq. 9b"
     starts: ClassVar[dict[str, str]] = {"neutral": "approximate", "copy": "none", "random": "none"}
-    default_eps: ClassVar[float] = 2.0**-20
+    default_eps: ClassVar[float] = 2.0**-23
     onnx: ClassVar[OnnxFunction] = OnnxFunction(
         "L2Kervolution2d", "kerv_l2", ("input", "weight", "bias", "gain"), ("centered",), text.traits, _body
     )
@@ -164,15 +174,4 @@ class KervL2(OperatorConfig):
 
     def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool, site: Site | None = None) -> Built:
         layer = L2Kervolution2d.like(conv, centered=start.name == "neutral")
-
-        def neutral() -> Tensor:
-            # Filters −w/(ε‖w‖), at distance 1/ε: ‖x − w'‖ ≈ 1/ε + wᵀx/‖w‖. The norm is rounded up to a power of two
-            # in the scale, so that scaling is exact, and kept in full in the gain. A dead filter is given a small
-            # norm: its output stays near the 0 it was.
-            eps = power_of_two(start.value or self.default_eps)
-            norms = conv.weight.detach().double().square().sum((1, 2, 3)).sqrt()
-            norms = norms.clamp_min(max(1e-6 * float(norms.max()), 2.0**-40))
-            layer.scale = layer.constant(-1 / (eps * norms.log2().ceil().exp2()))
-            return norms
-
-        return layer.begin(start, neutral, absorb=absorb)
+        return layer.begin(start, self.default_eps, absorb=absorb)

@@ -15,7 +15,7 @@ from convsurgery.operators.base import Built, OperatorConfig, Start, option, reg
 from convsurgery.operators.kervolution import _onnx as text
 from convsurgery.operators.kervolution._call import as_constant, define, functional_call
 from convsurgery.operators.kervolution._conv import Window, affine, apply, inner, per_channel
-from convsurgery.operators.kervolution._layer import Kervolution2d, learnable_cost, power_of_two
+from convsurgery.operators.kervolution._layer import Kervolution2d, learnable_cost
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
 from convsurgery.operators.precision import no_grad_needed, result_dtype
 
@@ -215,6 +215,7 @@ class PolyKervolution2d(Kervolution2d):
 
     op_name = "kerv_poly"
     hyper_name = "balance"
+    dial = {"scale": 1, "gain": -1}
 
     def __init__(
         self, *args: Any, degree: int = 3, balance: float = 1.0, learnable: bool | str = False, **kwargs: Any
@@ -229,6 +230,11 @@ class PolyKervolution2d(Kervolution2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, degree={self.degree}"
+
+    def neutral(self, eps: float) -> Tensor:
+        self.scale = self.constant(eps)
+        balance = self.hyper().detach().double()
+        return 1 / (self.degree * balance ** (self.degree - 1) * eps)
 
 
 def _overload(form: NodeForm) -> str:
@@ -263,7 +269,7 @@ class KervPoly(OperatorConfig):
     formula: ClassVar[str] = "(wᵀx + c)^d"
     source: ClassVar[str] = "Wang et al. 2019, eq. 10"
     starts: ClassVar[dict[str, str]] = {"neutral": "approximate", "copy": "none", "random": "none"}
-    default_eps: ClassVar[float] = 2.0**-14
+    default_eps: ClassVar[float] = 2.0**-18
     onnx: ClassVar[OnnxFunction] = OnnxFunction(
         "PolyKervolution2d",
         "kerv_poly",
@@ -294,11 +300,4 @@ class KervPoly(OperatorConfig):
     def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool, site: Site | None = None) -> Built:
         layer = PolyKervolution2d.like(conv, centered=start.name == "neutral", degree=self.degree)
         layer.set_hyper(layer.constant(self.balance), self.learnable)
-
-        def neutral() -> Tensor:
-            eps = power_of_two(start.value or self.default_eps)
-            layer.scale = layer.constant(eps)
-            slope = self.degree * self.balance ** (self.degree - 1) * eps
-            return torch.tensor(1 / slope, dtype=torch.float64)
-
-        return layer.begin(start, neutral, absorb=absorb)
+        return layer.begin(start, self.default_eps, absorb=absorb)

@@ -13,7 +13,7 @@ from convsurgery.operators.base import Built, OperatorConfig, Start, register_op
 from convsurgery.operators.kervolution import _onnx as text
 from convsurgery.operators.kervolution._call import define, functional_call
 from convsurgery.operators.kervolution._conv import Window, affine, inner, tanh
-from convsurgery.operators.kervolution._layer import Kervolution2d, power_of_two
+from convsurgery.operators.kervolution._layer import Kervolution2d
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
 from convsurgery.operators.precision import no_grad_needed, result_dtype
 
@@ -75,6 +75,11 @@ class SigmoidKervolution2d(Kervolution2d):
     """Layer form of :func:`kerv_sigmoid`; options as :class:`torch.nn.Conv2d`."""
 
     op_name = "kerv_sigmoid"
+    dial = {"scale": 1, "gain": -1}
+
+    def neutral(self, eps: float) -> Tensor:
+        self.scale = self.constant(eps)
+        return torch.tensor(1 / eps, dtype=torch.float64, device=self.weight.device)
 
 
 def _body(form: NodeForm) -> list[str]:
@@ -90,17 +95,11 @@ class KervSigmoid(OperatorConfig):
     formula: ClassVar[str] = "tanh(wᵀx)"
     source: ClassVar[str] = "Wang et al. 2019, §4.1"
     starts: ClassVar[dict[str, str]] = {"neutral": "approximate", "copy": "none", "random": "none"}
-    default_eps: ClassVar[float] = 2.0**-8
+    default_eps: ClassVar[float] = 2.0**-10
     onnx: ClassVar[OnnxFunction] = OnnxFunction(
         "SigmoidKervolution2d", "kerv_sigmoid", ("input", "weight", "bias", "gain"), ("centered",), text.traits, _body
     )
 
     def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool, site: Site | None = None) -> Built:
         layer = SigmoidKervolution2d.like(conv, centered=start.name == "neutral")
-
-        def neutral() -> Tensor:
-            eps = power_of_two(start.value or self.default_eps)
-            layer.scale = layer.constant(eps)
-            return torch.tensor(1 / eps, dtype=torch.float64)
-
-        return layer.begin(start, neutral, absorb=absorb)
+        return layer.begin(start, self.default_eps, absorb=absorb)

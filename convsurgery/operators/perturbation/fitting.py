@@ -21,8 +21,10 @@ class LinearRange:
     The noise stays, and the kink comes to lie just below the smallest value of each channel.
     """
 
+    local = False
+
     def __init__(self, layer: Perturbation2d) -> None:
-        self.layer = layer
+        self.layer, self.note = layer, ""
         self.shift: Tensor | None = None
         self.lowest: Tensor | None = None
         self.moments: Moments | None = None

@@ -1,0 +1,127 @@
+"""Fits of a kervolution's constants to the convolution: gain and offset, and for a neutral start ε."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from convsurgery.operators.moments import Moments
+
+if TYPE_CHECKING:
+    from convsurgery.operators.kervolution._layer import Kervolution2d
+
+__all__ = ["TARGET", "AffineFit", "NeutralFit"]
+
+#: relative error that a layer may have when data choose its ε
+TARGET = 1e-3
+
+#: the powers of two among which ε is looked for, and the images of the first batch that narrow them down
+_RANGE, _IMAGES = range(-1, -33, -1), 8
+
+#: how near to the least error of all ε a layer must come whose dtype cannot meet the target
+_NEAR = 1.1
+
+
+class AffineFit:
+    """Gain and offset of each channel by least squares on the convolution's own outputs."""
+
+    local = False
+
+    def __init__(self, layer: Kervolution2d) -> None:
+        self.layer, self.moments = layer, Moments()
+        self.shift: Tensor | None = None
+        self.note = ""
+        layer.gain = layer.offset = None
+
+    def add(self, input: Tensor, output: Tensor, target: Tensor) -> None:
+        bias = self.layer.bias
+        self.moments.add(output if bias is None else output - bias.detach().view(-1, 1, 1), target)
+
+    def finish(self) -> float:
+        layer = self.layer
+        gain, offset = self.moments.affine()
+        layer.gain = layer.constant(gain)
+        layer.offset = layer.constant(offset - (0 if layer.bias is None else layer.bias.detach().double()))
+        return self.moments.error(gain, offset)
+
+
+class NeutralFit:
+    """The largest ε whose error meets a target, with gain and offset of each channel by least squares.
+
+    All powers of two are tried on a few images, and the few around the best on all of them. Where no ε meets the
+    target, in half precision above all, the largest is taken whose error is near the least.
+
+    Args:
+        layer: begun by neutral; its constants are changed in place.
+        absorb: whether a BatchNorm behind can take gain and offset: they are then left in ``residual`` and ``shift``.
+
+    Attributes:
+        target: relative error to meet.
+        residual: the layer gives residual · (what it should), (C_out,); None where the gains are its own.
+    """
+
+    #: the layer is compared with its convolution on the layer's own input: what came before is not its error
+    local = True
+
+    def __init__(self, layer: Kervolution2d, *, absorb: bool) -> None:
+        self.layer, self.target, self.absorb = layer, TARGET, absorb
+        self.shift: Tensor | None = None
+        self.residual: Tensor | None = None
+        self.note = ""
+        assert layer.eps is not None
+        self.free = bool(getattr(layer, "free_eps", False))
+        self.tried: list[float] | None = None if self.free else [float(layer.eps)]
+        self.moments: dict[float, Moments] = {}
+        layer.offset = None
+
+    def add(self, input: Tensor, output: Tensor, target: Tensor) -> None:
+        if self.tried is None:
+            few = {eps: Moments() for eps in (2.0**k for k in _RANGE)}
+            for eps, moments in few.items():
+                self._add(eps, moments, input[:_IMAGES], target[:_IMAGES])
+            best = self._choice(few)
+            self.tried = [eps for eps in few if best / 4 <= eps <= best * 2]
+        for eps in self.tried:
+            self._add(eps, self.moments.setdefault(eps, Moments()), input, target)
+
+    def _add(self, eps: float, moments: Moments, input: Tensor, target: Tensor) -> None:
+        layer = self.layer
+        bias = layer.bias
+        layer.gain = layer.constant(layer.neutral(eps))
+        output = layer(input)
+        moments.add(
+            *((output, target) if bias is None else (t - bias.detach().view(-1, 1, 1) for t in (output, target)))
+        )
+
+    def _choice(self, moments: dict[float, Moments]) -> float:
+        errors = {eps: found.error(*found.affine()) for eps, found in moments.items()}
+        usable = {eps: error for eps, error in errors.items() if error == error}
+        if not usable:
+            return min(errors)
+        bound = max(self.target, _NEAR * min(usable.values()))
+        return max(eps for eps, error in usable.items() if error <= bound)
+
+    @torch.no_grad()
+    def finish(self) -> float:
+        layer = self.layer
+        eps = self._choice(self.moments)
+        gain, offset = self.moments[eps].affine()
+        error = self.moments[eps].error(gain, offset)
+        bare = layer.neutral(eps).to(gain.device)
+        layer.eps, total = layer.constant(eps), bare * gain
+        if self.absorb and layer.bias is None:
+            self.residual = layer.take_gain(total)
+            if self.residual is not None:
+                self.shift = offset
+                return self._done(eps, error)
+        layer.gain = layer.constant(total)
+        layer.offset = layer.constant(offset)
+        return self._done(eps, error)
+
+    def _done(self, eps: float, error: float) -> float:
+        self.note = f"ε = {eps:.1e}"
+        if self.free and error > self.target:
+            self.note += f", the least error of {self.layer.weight.dtype} here".replace("torch.", "")
+        return error
