@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from convsurgery.api import list_selectors as list_selectors
     from convsurgery.api import load as load
     from convsurgery.api import load_checkpoint as load_checkpoint
+    from convsurgery.api import nonlinearity as nonlinearity
     from convsurgery.api import pattern as pattern
     from convsurgery.api import plan as plan
     from convsurgery.api import record as record
     from convsurgery.api import save as save
     from convsurgery.api import set_blend as set_blend
+    from convsurgery.api import set_nonlinearity as set_nonlinearity
     from convsurgery.api import verify_onnx as verify_onnx
     from convsurgery.errors import ConvSurgeryError as ConvSurgeryError
     from convsurgery.geometry import Site as Site
@@ -83,11 +85,13 @@ _LAZY = {
             "list_selectors",
             "load",
             "load_checkpoint",
+            "nonlinearity",
             "pattern",
             "plan",
             "record",
             "save",
             "set_blend",
+            "set_nonlinearity",
             "verify_onnx",
         ),
         "convsurgery.api",

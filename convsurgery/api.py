@@ -30,9 +30,11 @@ from convsurgery.surgery import (
     fuse,
     load,
     make_plan,
+    nonlinearity,
     record,
     save,
     set_blend,
+    set_nonlinearity,
     unwrap,
 )
 from convsurgery.surgery.record import set_record
@@ -57,11 +59,13 @@ __all__ = [
     "list_selectors",
     "load",
     "load_checkpoint",
+    "nonlinearity",
     "pattern",
     "plan",
     "record",
     "save",
     "set_blend",
+    "set_nonlinearity",
     "verify_onnx",
 ]
 

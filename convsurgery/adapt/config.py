@@ -80,6 +80,22 @@ class FinetuneConfig:
     kd_alpha: float = _knob(0.5, "weight of the teacher in the loss; the labels weigh 1 - kd_alpha", least=0, most=1)
     kd_temperature: float = _knob(4.0, "temperature both softmaxes are taken at for distillation", above=0)
 
+    blend: str = _knob(
+        "linear", "how blended layers go from convolution to operator", choices=("linear", "cosine", "none")
+    )
+    blend_epochs: float | None = _knob(
+        None, "epochs (fractions allowed) until they have arrived; half of all when absent", above=0
+    )
+    blend_order: str = _knob(
+        "together", "all at once, or one after the other in execution order", choices=("together", "layers")
+    )
+    nonlinearity: float | None = _knob(
+        None, "eps to which layers that began by neutral are raised; they stay when absent", above=0, most=1
+    )
+    nonlinearity_epochs: float | None = _knob(
+        None, "epochs (fractions allowed) until they have arrived; half of all when absent", above=0
+    )
+
     amp: bool = _knob(False, "mixed precision; without it `accelerate launch --mixed_precision` decides")
     amp_dtype: str = _knob("bfloat16", "type of mixed precision", choices=("bfloat16", "float16"))
     device: str | None = _knob(None, "'cpu' keeps off the GPU; else Accelerate chooses", choices=("cpu",))
@@ -102,6 +118,13 @@ class FinetuneConfig:
                 f"warmup_epochs must be below epochs, or the rate never reaches lr: {self.warmup_epochs:g} of "
                 f"{self.epochs} (--warmup-epochs, --epochs)"
             )
+        for name in ("blend_epochs", "nonlinearity_epochs"):
+            if (getattr(self, name) or 0) > self.epochs:
+                flag = "--" + name.replace("_", "-")
+                raise SettingsError(
+                    f"{name} must be at most epochs, or the layers never arrive: {getattr(self, name):g} of "
+                    f"{self.epochs} ({flag}, --epochs)"
+                )
         if self.opt_betas is not None and len(self.opt_betas) not in (2, 3):
             raise SettingsError(f"opt_betas takes two numbers, for some optimizers three: not {self.opt_betas}")
         self._check_optimizer()

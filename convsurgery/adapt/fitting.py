@@ -13,7 +13,7 @@ from convsurgery.adapt.evaluation import eval_mode
 from convsurgery.adapt.reconstruction import Reconstructed, reconstruct
 from convsurgery.errors import ConversionError, DataError
 from convsurgery.operators import Blend, Fitter, OperatorLayer
-from convsurgery.operators.kervolution import NeutralFit
+from convsurgery.operators.kervolution import AffineFit, NeutralFit, ScaleFit
 from convsurgery.operators.moments import Moments
 from convsurgery.surgery.absorb import absorb, can_absorb
 
@@ -154,6 +154,8 @@ class _Place:
         fitter: Fitter = self.fitter
         if options.target is not None and isinstance(fitter, NeutralFit):
             fitter.target = options.target
+        if isinstance(fitter, (AffineFit, ScaleFit)):
+            fitter.matched = isinstance(self.outer, Blend)
         first = True
         while True:
             for given, target in self.pairs(local=fitter.local):

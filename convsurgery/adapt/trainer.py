@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from convsurgery.adapt.checkpoints import RunFolder
 from convsurgery.adapt.config import FinetuneConfig
@@ -23,7 +21,11 @@ from convsurgery.adapt.losses import TaskLoss, check_labels, logits_of
 from convsurgery.adapt.optim import make_optimizer, make_scheduler
 from convsurgery.adapt.progress import Progress
 from convsurgery.adapt.results import EpochMetrics
+from convsurgery.adapt.scales import ScaleWatch
+from convsurgery.adapt.schedule import StartSchedule
+from convsurgery.adapt.sharing import share
 from convsurgery.errors import DataError, ModelError, TrainingError
+from convsurgery.surgery import blend_modules, finish_blend
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -69,19 +71,44 @@ class Trainer:
         self.distilling = teacher is not None and config.kd_alpha > 0
         self.loss = TaskLoss(smoothing=config.smoothing, alpha=config.kd_alpha, temperature=config.kd_temperature)
         self.watch = LossWatch(config.divergence)
+        self.starts = StartSchedule(model, config)
+        self.scales = ScaleWatch(model)
         owners = (split.train, getattr(split.train.batch_sampler, "sampler", None))
         found = (getattr(owner, "generator", None) for owner in owners)
         self.generators = [generator for generator in found if isinstance(generator, torch.Generator)]
         # The batches stay on the CPU until their labels were looked at.
         self.train_loader = accelerator.prepare_data_loader(split.train, device_placement=False)
-        self.val_loader = None if split.val is None else self._share(split.val)
+        self.val_loader = None if split.val is None else share(split.val, accelerator, config.seed)
         self.updates_per_epoch = self._updates_per_epoch()
-        optimizer = make_optimizer(model, config)
-        self.scheduler = make_scheduler(optimizer, config, self.updates_per_epoch)
-        self.module, self.optimizer = accelerator.prepare(_Scores(model), optimizer)
+        self._prepare()
         self.snapshot = Snapshot(model)
         self.skipped = 0
         self.history: list[EpochMetrics] = []
+
+    def _prepare(self, before: torch.optim.Optimizer | None = None, update: int = 0) -> None:
+        """Optimizer and schedule for the parameters there are; what an optimizer before knew of them is kept."""
+        optimizer = make_optimizer(self.model, self.config)
+        if before is not None:
+            kept = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            optimizer.state.update({p: state for p, state in before.state.items() if id(p) in kept})
+        self.scheduler = make_scheduler(optimizer, self.config, self.updates_per_epoch)
+        if self.scheduler is not None and update:
+            self.scheduler.step_update(update)
+        self.module, self.optimizer = self.accelerator.prepare(_Scores(self.model), optimizer)
+
+    def _drop_convolutions(self, epoch: int) -> None:
+        """Where a blend has arrived its convolution goes, and with it what the optimizer keeps for it."""
+        arrived = sum(module.t.item() == 1 for module in blend_modules(self.model).values())
+        if not arrived:
+            return
+        before = self.optimizer.optimizer
+        # A wrapper of several processes would go on to wait for gradients of what is gone.
+        self.module = self.optimizer = None
+        self.accelerator.free_memory()
+        finish_blend(self.model)
+        self._prepare(before, epoch * self.updates_per_epoch)
+        self.scales.follow(self.model)
+        self.progress.note(f"{arrived} blended layers have arrived at their operators; the convolutions are gone")
 
     def _probe(self, split: DataSplit) -> int:
         """Number of the model's outputs; refuses data or a teacher that do not fit before anything is trained."""
@@ -111,29 +138,6 @@ class Trainer:
             )
         return outputs
 
-    def _share(self, loader: DataLoader[Any]) -> Iterable[Any]:
-        """This process's part of the validation batches, none twice.
-
-        Accelerate's sharding pads the last round with samples from the front and drops them by the data set's length,
-        which a sampler that takes a part of the set makes wrong.
-        """
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        if world == 1:
-            return loader
-        if loader.batch_sampler is None:
-            return _Every(loader, rank, world)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
-            batches = list(loader.batch_sampler)
-        return DataLoader(
-            loader.dataset,
-            batch_sampler=batches[rank::world],
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            worker_init_fn=loader.worker_init_fn,
-        )
-
     def _updates_per_epoch(self) -> int:
         try:
             batches = len(self.train_loader)
@@ -158,13 +162,17 @@ class Trainer:
             "history": [vars(row) for row in self.history],
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "eps": dict(self.starts.eps),
+            "blends": dict(self.starts.order),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state` gave; the weights are in place already."""
         mine = {**self.config.to_dict(), "distilling": self.distilling}
         theirs = {**state["config"], "distilling": state["distilling"]}
-        changed = [f"{name} {theirs.get(name)} → {mine[name]}" for name in mine if mine[name] != theirs.get(name)]
+        # A setting that the version before did not have was at its default.
+        theirs = {**FinetuneConfig().to_dict(), **theirs}
+        changed = [f"{name} {theirs[name]} → {mine[name]}" for name in mine if mine[name] != theirs[name]]
         changed = [text for text in changed if text.split()[0] not in _FREE]
         if changed:
             raise TrainingError(
@@ -174,6 +182,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.starts.eps = state.get("eps", {})
+        self.starts.order = state.get("blends", {})
         self.history = [EpochMetrics(**row) for row in state["history"]]
         self.snapshot = Snapshot(self.model)
 
@@ -188,6 +198,12 @@ class Trainer:
 
     def run(self, folder: RunFolder | None, on_epoch: Callable[[EpochMetrics], object] | None) -> None:
         """Train what is left of the epochs; only the main process is given a folder."""
+        try:
+            self._run(folder, on_epoch)
+        finally:
+            self.scales.leave()
+
+    def _run(self, folder: RunFolder | None, on_epoch: Callable[[EpochMetrics], object] | None) -> None:
         if not self.history:
             start = time.perf_counter()
             self._record(EpochMetrics.of(0, self._validate(), seconds=time.perf_counter() - start), folder, on_epoch)
@@ -195,6 +211,7 @@ class Trainer:
             start = time.perf_counter()
             self._seed(epoch)
             train_loss, lr = self._train(epoch)
+            self._drop_convolutions(epoch)
             result = self._validate()
             if self.scheduler is not None:
                 self.scheduler.step(epoch)
@@ -265,6 +282,9 @@ class Trainer:
             images, targets = unpack(batch)
             check_labels(targets, self.classes)
             inputs, labels = (part.to(self.device, non_blocking=True) for part in (images, targets))
+            if self.starts.active:
+                self.starts.at(epoch - 1 + step / len(self.train_loader) if self.updates_per_epoch else epoch)
+            self.scales.arm(step)
             lr = max(group["lr"] for group in self.optimizer.param_groups)
             with accelerator.accumulate(self.module):
                 reference = self._reference(inputs)
@@ -286,6 +306,8 @@ class Trainer:
                     self.scheduler.step_update(update)
             total, samples = total + value * len(targets), samples + len(targets)
             self.progress.step(step, value, lr)
+            for text in self.scales.grown():
+                self.progress.note(f"epoch {epoch}, step {step}: {text}")
         if not samples:
             raise DataError("the training loader gave no batch")
         return total / samples, lr
@@ -340,7 +362,10 @@ class Trainer:
         lines = [f"training stopped at epoch {epoch}, step {step}: {what}", self.watch.describe()]
         if inputs is not None:
             lines += self._culprit(inputs)
+        lines += self.scales.worst()
         self.snapshot.restore()
+        for module in blend_modules(self.model).values():
+            module.set_t(module.t.item())
         self.optimizer.zero_grad()
         lines += [advice(self.config, updated=(epoch, step) != (1, 1))]
         lines += [
@@ -361,13 +386,3 @@ class Trainer:
 
             places = [*gather_object(places[:1]), *places[1:]]
         return [place for place in places if place][:1]
-
-
-class _Every:
-    """Every ``step``-th batch of a loader without a sampler."""
-
-    def __init__(self, loader: Iterable[Any], start: int, step: int) -> None:
-        self.loader, self.start, self.step = loader, start, step
-
-    def __iter__(self) -> Any:
-        return itertools.islice(iter(self.loader), self.start, None, self.step)

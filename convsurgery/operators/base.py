@@ -206,7 +206,7 @@ class OperatorConfig:
     def blended_start(self, site: Site | None = None) -> Start:
         """How the operator itself begins beside the convolution that it is blended with: in a form of its own."""
         free = [name for name in self.starts if self.refuses_start(name, site) is None]
-        return Start(next(name for name in ("copy", "fit", "project", "random", "neutral") if name in free))
+        return Start(next(name for name in ("fit", "copy", "project", "random", "neutral") if name in free))
 
     def cost(self, site: Site) -> Cost:
         """Trainable parameters and multiply-accumulates for one image at this site."""

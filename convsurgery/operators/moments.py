@@ -29,6 +29,14 @@ class Moments:
         gain = torch.where(flat, 1.0, (xy - mean_x * mean_y) / torch.where(flat, 1.0, var_x))
         return gain, mean_y - gain * mean_x
 
+    def matched(self) -> tuple[Tensor, Tensor]:
+        """Gain and offset that give x the mean and variance of y, of the sign in which they go together."""
+        (mean_x, var_x), (mean_y, var_y) = self.statistics()
+        together = self.sums[3] / self.count - mean_x * mean_y
+        sign = torch.where(together < 0, -1.0, 1.0)
+        gain = torch.where(var_x > 0, (var_y / var_x.clamp_min(1e-30)).sqrt() * sign, 1.0)
+        return gain, mean_y - gain * mean_x
+
     def gain(self) -> Tensor:
         """The best gain without an offset; 1 for a channel that is always 0."""
         _, _, xx, xy, _ = self.sums / self.count

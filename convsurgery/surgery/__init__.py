@@ -3,6 +3,7 @@
 from convsurgery.surgery.apply import apply, apply_
 from convsurgery.surgery.blend import blend_modules, blends, finish_blend, set_blend
 from convsurgery.surgery.decide import make_plan
+from convsurgery.surgery.dial import nonlinearity, set_nonlinearity
 from convsurgery.surgery.fuse import fuse
 from convsurgery.surgery.plan import Entry, Plan
 from convsurgery.surgery.record import Record, record, unwrap
@@ -21,8 +22,10 @@ __all__ = [
     "load",
     "load_weights",
     "make_plan",
+    "nonlinearity",
     "record",
     "save",
     "set_blend",
+    "set_nonlinearity",
     "unwrap",
 ]

@@ -3,7 +3,7 @@
 Wang, Yang, Xie, Yuan: *Kervolutional Neural Networks*, CVPR 2019. One file for each kernel.
 """
 
-from convsurgery.operators.kervolution._fitting import NeutralFit
+from convsurgery.operators.kervolution._fitting import AffineFit, NeutralFit, ScaleFit
 from convsurgery.operators.kervolution._layer import Kervolution2d
 from convsurgery.operators.kervolution.gauss import GaussKervolution2d, KervGauss, kerv_gauss
 from convsurgery.operators.kervolution.l1 import KervL1, L1Kervolution2d, kerv_l1
@@ -13,6 +13,7 @@ from convsurgery.operators.kervolution.poly import KervPoly, PolyKervolution2d, 
 from convsurgery.operators.kervolution.sigmoid import KervSigmoid, SigmoidKervolution2d, kerv_sigmoid
 
 __all__ = [
+    "AffineFit",
     "GaussKervolution2d",
     "KervGauss",
     "KervL1",
@@ -26,6 +27,7 @@ __all__ = [
     "LinearKervolution2d",
     "NeutralFit",
     "PolyKervolution2d",
+    "ScaleFit",
     "SigmoidKervolution2d",
     "kerv_gauss",
     "kerv_l1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from convsurgery.operators.moments import Moments
 if TYPE_CHECKING:
     from convsurgery.operators.kervolution._layer import Kervolution2d
 
-__all__ = ["TARGET", "AffineFit", "NeutralFit"]
+__all__ = ["TARGET", "AffineFit", "NeutralFit", "ScaleFit"]
 
 #: relative error that a layer may have when data choose its ε
 TARGET = 1e-3
@@ -25,11 +26,20 @@ _NEAR = 1.1
 
 
 class AffineFit:
-    """Gain and offset of each channel by least squares on the convolution's own outputs."""
+    """Gain and offset of each channel, on the convolution's own outputs.
+
+    Args:
+        layer: its constants are changed in place.
+
+    Attributes:
+        matched: give the output the mean and variance that the convolution's has, as training from there wants it;
+            else the least squares, which shrink what goes badly together.
+    """
 
     local = False
 
     def __init__(self, layer: Kervolution2d) -> None:
+        self.matched = False
         self.layer, self.moments = layer, Moments()
         self.shift: Tensor | None = None
         self.note = ""
@@ -41,10 +51,56 @@ class AffineFit:
 
     def finish(self) -> float:
         layer = self.layer
-        gain, offset = self.moments.affine()
+        gain, offset = self.moments.matched() if self.matched else self.moments.affine()
         layer.gain = layer.constant(gain)
         layer.offset = layer.constant(offset - (0 if layer.bias is None else layer.bias.detach().double()))
         return self.moments.error(gain, offset)
+
+
+class ScaleFit:
+    """The scale of the filters at which the kernel goes best with the convolution, then gain and offset.
+
+    For distances: filters much smaller than the input leave of ‖x − aw‖₁ little but ‖x‖₁, alike for all channels.
+    Powers of two around the ratio of their sizes are tried on a few images; the best is measured on all.
+    """
+
+    local = False
+
+    def __init__(self, layer: Kervolution2d) -> None:
+        self.layer, self.affine = layer, AffineFit(layer)
+        self.shift: Tensor | None = None
+        self.note = ""
+        self.found: float | None = None
+
+    @property
+    def matched(self) -> bool:
+        """As :class:`AffineFit` has it."""
+        return self.affine.matched
+
+    @matched.setter
+    def matched(self, value: bool) -> None:
+        self.affine.matched = value
+
+    def add(self, input: Tensor, output: Tensor, target: Tensor) -> None:
+        if self.found is None:
+            few, layer = input[:_IMAGES], self.layer
+            ratio = few.detach().float().square().mean() / layer.weight.detach().float().square().mean().clamp_min(
+                1e-30
+            )
+            middle = round(math.log2(max(float(ratio.sqrt()), 2.0**-20)))
+            errors = {}
+            for scale in (2.0 ** (middle + k) for k in range(-2, 9)):
+                layer.scale = layer.constant(scale)
+                moments = Moments()
+                moments.add(layer(few), target[:_IMAGES])
+                errors[scale] = moments.error(*moments.affine())
+            self.found = min(errors, key=lambda each: errors[each])
+            layer.scale = layer.constant(self.found)
+            self.note = f"filters times {self.found:g}"
+        self.affine.add(input, self.layer(input), target)
+
+    def finish(self) -> float:
+        return self.affine.finish()
 
 
 class NeutralFit:

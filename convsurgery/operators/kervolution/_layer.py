@@ -185,8 +185,9 @@ class Kervolution2d(OperatorLayer):
             stored = self.hyper_name if name == "hyper" else name
             value = self._buffers[stored]
             assert value is not None
-            self._buffers[stored] = (value.double() * ratio**power).to(value)
-        self.eps = self.constant(eps)
+            # In place: training keeps snapshots of these very tensors.
+            value.copy_(value.double() * ratio**power)
+        self.eps.fill_(eps)
 
     def begin(self, start: Start, eps: float | None, *, absorb: bool) -> Built:
         """Finish a start; ``eps`` is that of the neutral one where the kernel has it.

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convsurgery.geometry import Site
-from convsurgery.operators.base import Built, OperatorConfig, Start, register_operator
+from convsurgery.operators.base import Built, Fitter, OperatorConfig, Start, register_operator
 from convsurgery.operators.kervolution import _onnx as text
 from convsurgery.operators.kervolution._call import functional_call, schema
 from convsurgery.operators.kervolution._conv import affine
-from convsurgery.operators.kervolution._layer import Kervolution2d
+from convsurgery.operators.kervolution._fitting import AffineFit, ScaleFit
+from convsurgery.operators.kervolution._layer import Kervolution2d, power_of_two
 from convsurgery.operators.library import LIBRARY, batch_optional
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
 from convsurgery.operators.precision import no_grad_needed, result_dtype, widened
@@ -24,6 +25,9 @@ __all__ = ["KervL1", "L1Kervolution2d", "kerv_l1"]
 
 #: Output values worked on at a time, small enough for a core's cache; working memory is a small multiple of this.
 BLOCK = 1 << 19
+
+#: filters beside inputs of unit size, where there are no data to say
+_LARGE = 4.0
 
 
 def _output_size(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any) -> tuple[int, int]:
@@ -228,6 +232,19 @@ class L1Kervolution2d(Kervolution2d):
 
     op_name = "kerv_l1"
 
+    def fitter(self, conv: nn.Conv2d, ridge: float | None = None, *, shift: bool = False) -> Fitter:
+        """Fits gain and offset, and where it began by ``fit`` the filters' scale."""
+        return ScaleFit(self) if self.centered else AffineFit(self)
+
+    def binarise(self) -> None:
+        """Without data: filters so large that ‖x − aw‖₁ − ‖aw‖₁ is nearly −sign(w)ᵀx, times −mean |w|.
+
+        That is the nearest to wᵀx that signs can give; inputs of about unit size are assumed.
+        """
+        w = self.weight.detach().double()
+        self.scale = self.constant(power_of_two(_LARGE / max(float(w.square().mean().sqrt()), 1e-12)))
+        self.gain = self.constant(-w.abs().mean((1, 2, 3)))
+
 
 def _body(form: NodeForm) -> list[str]:
     """A Loop over the values under the window: each adds |x_tap − w_tap| to (N, groups, C_out/groups, H, W)."""
@@ -317,17 +334,21 @@ def _body(form: NodeForm) -> list[str]:
 class KervL1(OperatorConfig):
     """Manhattan kervolution as a rule's target: ``kerv-l1``.
 
-    It has no neutral setting: for large filters it sees only their signs. With calibration data, a per-channel affine
-    is fitted to the convolution's output.
+    It has no neutral setting: beside small filters ‖x − w‖₁ is little but ‖x‖₁, alike for all channels, and of large
+    ones it sees only the signs. ``fit`` finds the scale between the two on data, and a gain and an offset for each
+    channel; without the response to an empty window, ‖w‖₁, which would move with every step of training.
     """
 
     summary: ClassVar[str] = "Manhattan distance between window and filter"
     formula: ClassVar[str] = "‖x − w‖₁"
     source: ClassVar[str] = "Wang et al. 2019, eq. 9a"
-    starts: ClassVar[dict[str, str]] = {"copy": "none", "random": "none"}
+    starts: ClassVar[dict[str, str]] = {"fit": "fitted", "copy": "none", "random": "none"}
     onnx: ClassVar[OnnxFunction] = OnnxFunction(
         "L1Kervolution2d", "kerv_l1", ("input", "weight", "bias", "gain"), ("centered",), text.traits, _body
     )
 
     def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool, site: Site | None = None) -> Built:
-        return L1Kervolution2d.like(conv, centered=False).begin(start, None, absorb=absorb)
+        layer = L1Kervolution2d.like(conv, centered=start.name == "fit")
+        if start.name == "fit" and not conv.weight.is_meta:
+            layer.binarise()
+        return layer.begin(start, None, absorb=absorb)
