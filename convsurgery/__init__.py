@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from convsurgery.adapters import Adapter as Adapter
     from convsurgery.adapters import register_adapter as register_adapter
     from convsurgery.api import apply as apply
+    from convsurgery.api import auto as auto
     from convsurgery.api import blends as blends
     from convsurgery.api import calibrate as calibrate
+    from convsurgery.api import choose as choose
     from convsurgery.api import convert as convert
     from convsurgery.api import convert_ as convert_
     from convsurgery.api import create_model as create_model
+    from convsurgery.api import draw_trade_off as draw_trade_off
     from convsurgery.api import evaluate as evaluate
     from convsurgery.api import export_onnx as export_onnx
     from convsurgery.api import finetune as finetune
@@ -34,13 +37,16 @@ if TYPE_CHECKING:
     from convsurgery.api import list_selectors as list_selectors
     from convsurgery.api import load as load
     from convsurgery.api import load_checkpoint as load_checkpoint
+    from convsurgery.api import measure_choices as measure_choices
     from convsurgery.api import nonlinearity as nonlinearity
     from convsurgery.api import pattern as pattern
     from convsurgery.api import plan as plan
     from convsurgery.api import record as record
     from convsurgery.api import save as save
+    from convsurgery.api import scan as scan
     from convsurgery.api import set_blend as set_blend
     from convsurgery.api import set_nonlinearity as set_nonlinearity
+    from convsurgery.api import trade_off as trade_off
     from convsurgery.api import verify_onnx as verify_onnx
     from convsurgery.errors import ConvSurgeryError as ConvSurgeryError
     from convsurgery.geometry import Site as Site
@@ -71,11 +77,14 @@ _LAZY = {
     **dict.fromkeys(
         (
             "apply",
+            "auto",
             "blends",
             "calibrate",
+            "choose",
             "convert",
             "convert_",
             "create_model",
+            "draw_trade_off",
             "evaluate",
             "export_onnx",
             "finetune",
@@ -85,13 +94,16 @@ _LAZY = {
             "list_selectors",
             "load",
             "load_checkpoint",
+            "measure_choices",
             "nonlinearity",
             "pattern",
             "plan",
             "record",
             "save",
+            "scan",
             "set_blend",
             "set_nonlinearity",
+            "trade_off",
             "verify_onnx",
         ),
         "convsurgery.api",

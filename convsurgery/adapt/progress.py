@@ -98,11 +98,11 @@ class LayerProgress:
 
     Args:
         what: is being done, such as "calibrating".
-        total: number of layers.
+        total: number of layers; None where it is not known before.
         show: False for silence on terminals too.
     """
 
-    def __init__(self, what: str, total: int, *, show: bool) -> None:
+    def __init__(self, what: str, total: int | None, *, show: bool) -> None:
         self.bar: Bar | None = None
         if not (show and sys.stderr.isatty()):
             return

@@ -11,29 +11,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convsurgery.cli.coverage import coverage
+from convsurgery.cli.measuring import DataDir, Dataset, Images, calibrate, calibration_data, choose, scan
+from convsurgery.cli.options import (
+    AsJson,
+    Checkpoint,
+    Classes,
+    Folder,
+    ImageSize,
+    ModelName,
+    Pretrained,
+    RuleText,
+    StartText,
+    open_model,
+    teacher_named,
+)
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 __all__ = ["build"]
-
-ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="timm's name, torchvision/NAME, or a folder that convert wrote.")
-]
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that convert or finetune wrote.")]
-RuleText = Annotated[
-    str, typer.Option("--rule", "-r", help="Which convolutions become what, e.g. first-conv->kerv-poly.")
-]
-StartText = Annotated[
-    str | None, typer.Option(help="How new operators begin: neutral, neutral(1e-3), copy or random.", metavar="START")
-]
-Classes = Annotated[int | None, typer.Option(help="Classes of the model's head.")]
-ImageSize = Annotated[int | None, typer.Option(help="Height and width of the input in pixels.")]
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="Load the published weights.")]
-Checkpoint = Annotated[
-    Path | None, typer.Option(help="Load weights from a file: .safetensors, or .pth (tensors only, no code).")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def build() -> typer.Typer:
@@ -47,7 +43,10 @@ def build() -> typer.Typer:
         rich_markup_mode=None,
     )
     app.callback()(_root)
-    for command in (plan, convert, _finetune_command(), export, verify, ops, demo, bench, coverage, run):
+    for command in (
+        *(plan, convert, calibrate, scan, choose, _finetune_command()),
+        *(export, verify, ops, demo, bench, coverage, run),
+    ):
         app.command()(command)
     return app
 
@@ -69,35 +68,6 @@ def _root(
     pass
 
 
-def _open(
-    name: str,
-    pretrained: bool = False,
-    checkpoint: Path | None = None,
-    num_classes: int | None = None,
-    img_size: int | None = None,
-    meta: bool = False,
-) -> nn.Module:
-    """The model a command-line argument names: a saved folder, or a model to build."""
-    import convsurgery as cs
-    from convsurgery.errors import ModelError
-    from convsurgery.surgery.storage import CONFIG
-
-    if (Path(name) / CONFIG).is_file():
-        if pretrained or checkpoint or num_classes or img_size:
-            raise ModelError(
-                f"{name} is a saved model: --pretrained, --checkpoint, --num-classes, --img-size are settled"
-            )
-        return cs.load(name)
-    return cs.create_model(
-        name,
-        pretrained=pretrained,
-        checkpoint=checkpoint,
-        num_classes=num_classes,
-        img_size=img_size,
-        device="meta" if meta else None,
-    )
-
-
 def plan(
     model: ModelName,
     rule: RuleText,
@@ -109,7 +79,7 @@ def plan(
     """Show what convert would do; no weights are loaded."""
     import convsurgery as cs
 
-    made = cs.plan(_open(model, num_classes=num_classes, img_size=img_size, meta=True), rule, start=start)
+    made = cs.plan(open_model(model, num_classes=num_classes, img_size=img_size, meta=True), rule, start=start)
     typer.echo(made.to_json(indent=1) if as_json else str(made))
 
 
@@ -122,45 +92,28 @@ def convert(
     checkpoint: Checkpoint = None,
     num_classes: Classes = None,
     img_size: ImageSize = None,
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
+    images: Images = 256,
 ) -> None:
-    """Convert a model and save it as a folder."""
+    """Convert a model and save it as a folder; with images, fit what can be fitted."""
     import convsurgery as cs
+    from convsurgery.adapt.calibration import Calibration
+    from convsurgery.adapt.fitting import LayerFit
+    from convsurgery.adapt.images import calibration_images
 
-    source = _open(model, pretrained, checkpoint, num_classes, img_size)
-    new = cs.convert_(source, rule, start=start)
+    source = open_model(model, pretrained, checkpoint, num_classes, img_size)
+    data = calibration_data(source, dataset, data_dir)
+    if data is not None:
+        data = calibration_images(data, source, images=images)
+    layers: list[LayerFit] = []
+    new = cs.convert_(source, rule, start=start, calibration=data, on_layer=layers.append)
     folder = cs.save(new, output)
     done = cs.record(new)
     typer.echo(str(done.plans[-1] if done else ""))
+    if layers:
+        typer.echo(f"\n{Calibration(tuple(layers))}\n")
     typer.echo(f"wrote {folder}")
-
-
-def _teacher(wanted: str | None, model: nn.Module) -> tuple[nn.Module | None, str]:
-    """The teacher that ``--teacher`` names, and how to print it."""
-    import copy
-
-    import convsurgery as cs
-    from convsurgery import zoo
-    from convsurgery.errors import ModelError
-    from convsurgery.surgery.storage import CONFIG
-
-    if wanted is None:
-        done = cs.record(model)
-        kept = done is not None and all(entry.exactness in ("exact", "approximate") for entry in done.edits)
-        wanted = "start" if kept else "none"
-    if wanted == "none":
-        return None, "no teacher: plain cross-entropy"
-    if wanted == "start":
-        return copy.deepcopy(model), "teacher: the model as it stands before training"
-    if (Path(wanted) / CONFIG).is_file():
-        return cs.load(wanted), f"teacher: {wanted}"
-    base = zoo.identify(model)
-    if wanted == "pretrained" or Path(wanted).is_file():
-        if base is None:
-            raise ModelError("the folder does not name its base model: give the teacher as a folder")
-        checkpoint = None if wanted == "pretrained" else Path(wanted)
-        teacher = cs.create_model(base.name, pretrained=checkpoint is None, checkpoint=checkpoint, **dict(base.kwargs))
-        return teacher, f"teacher: {base.name} with weights of {wanted}"
-    raise ModelError(f"--teacher {wanted}: no such folder or file; or say start, pretrained or none")
 
 
 def _finetune_command() -> Any:
@@ -197,7 +150,7 @@ def _finetune_command() -> Any:
         if dataset is None and data_dir is None:
             raise DataError("no data: give --data-dir FOLDER (with train/ and val/), or --dataset digits")
         model = cs.load(folder)
-        guide, text = _teacher(teacher, model)
+        guide, text = teacher_named(teacher, model)
         typer.echo(text)
         given = {name: _value(knobs[name], value) for name, value in settings.items()}
         result = cs.finetune(

@@ -18,7 +18,10 @@ from convsurgery.operators.kervolution._fitting import AffineFit, NeutralFit
 from convsurgery.operators.layer import OperatorLayer, conv_options
 from convsurgery.operators.precision import REDUCED
 
-__all__ = ["Kervolution2d", "distance_cost", "learnable_cost", "power_of_two"]
+__all__ = ["SHARE", "Kervolution2d", "distance_cost", "learnable_cost", "power_of_two", "quantile"]
+
+#: share of saturated outputs from which on a layer is told of
+SHARE = 0.2
 
 #: A BatchNorm takes over per-channel gains only while they lie within this factor of each other; beyond it, dead
 #: filters would meet a much smaller epsilon in training than they had.
@@ -330,6 +333,12 @@ def distance_cost(site: Site) -> Cost:
     pixels = site.positions * g.stride[0] * g.stride[1]
     window = g.groups * g.kernel_size[0] * g.kernel_size[1] * site.positions
     return Cost(base.params, base.macs + g.in_channels * pixels + window)
+
+
+def quantile(values: Tensor, share: float) -> float:
+    """The value below which ``share`` of all lie, from at most some ten thousand of them."""
+    flat = values.detach().float().flatten()
+    return float(torch.quantile(flat[:: max(1, flat.numel() // 50_000)], share))
 
 
 def power_of_two(value: float) -> float:

@@ -22,11 +22,21 @@ from convsurgery.operators.kervolution._conv import (
     squared_norm,
     window_squares,
 )
-from convsurgery.operators.kervolution._layer import Kervolution2d, distance_cost, learnable_cost
+from convsurgery.operators.kervolution._layer import (
+    SHARE,
+    Kervolution2d,
+    distance_cost,
+    learnable_cost,
+    power_of_two,
+    quantile,
+)
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
 from convsurgery.operators.precision import no_grad_needed, result_dtype
 
 __all__ = ["GaussKervolution2d", "KervGauss", "kerv_gauss"]
+
+#: the kernel's exponent at which its response is below a thousandth
+_SATURATED = 7.0
 
 
 def _op(
@@ -132,6 +142,28 @@ class GaussKervolution2d(Kervolution2d):
         self.scale = self.constant(1 / (2 * kappa * eps))
         self.change_hyper(self.constant(kappa * eps**2))
         return (norms / (4 * kappa)).exp() / eps
+
+    def saturation(self, input: Tensor) -> str | None:
+        left, right, top, bottom = self.geometry.padding
+        x = widened(F.pad(input, [left, right, top, bottom]))
+        window = Window([*self.stride], [0, 0], [*self.dilation], self.groups)
+        scale = self.weight.new_ones(()).float() if self.scale is None else self.scale
+        squares = add_by_group(
+            inner(x, self.weight, window, scale * -2), None, window_squares(x, self.weight, window), True
+        )
+        if not self.centered:
+            squares = squares + per_channel(squared_norm(self.weight) * scale.square())
+        gamma = self.hyper().detach()
+        exponent = (squares * per_channel(gamma)).abs()
+        share = float((exponent > _SATURATED).float().mean())
+        if share < SHARE:
+            return None
+        told = f"saturated: {share:.0%} of responses are off the middle by e^{_SATURATED:g} and more"
+        if self.eps is not None:
+            better = power_of_two(0.5 * float(self.eps) / max(quantile(exponent, 0.99), 1e-30))
+            return f"{told}; by neutral({better:.1g}) they are not"
+        better = float(gamma.mean()) / max(quantile(exponent, 0.5), 1e-30)
+        return f"{told}; gamma={better:.2g} suits these inputs"
 
 
 def _body(form: NodeForm) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convsurgery.geometry import Site
@@ -13,11 +14,14 @@ from convsurgery.operators.base import Built, OperatorConfig, Start, register_op
 from convsurgery.operators.kervolution import _onnx as text
 from convsurgery.operators.kervolution._call import define, functional_call
 from convsurgery.operators.kervolution._conv import Window, affine, inner, tanh
-from convsurgery.operators.kervolution._layer import Kervolution2d
+from convsurgery.operators.kervolution._layer import SHARE, Kervolution2d, power_of_two, quantile
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
-from convsurgery.operators.precision import no_grad_needed, result_dtype
+from convsurgery.operators.precision import no_grad_needed, result_dtype, widened
 
 __all__ = ["KervSigmoid", "SigmoidKervolution2d", "kerv_sigmoid"]
+
+#: tanh of it is 0.98
+_SATURATED = 2.3
 
 
 def _op(
@@ -80,6 +84,19 @@ class SigmoidKervolution2d(Kervolution2d):
     def neutral(self, eps: float) -> Tensor:
         self.scale = self.constant(eps)
         return torch.tensor(1 / eps, dtype=torch.float64, device=self.weight.device)
+
+    def saturation(self, input: Tensor) -> str | None:
+        left, right, top, bottom = self.geometry.padding
+        # With zeros around, whatever the mode: only the share of large values is asked for.
+        x = widened(F.pad(input, [left, right, top, bottom]))
+        window = (self.stride, (0, 0), self.dilation, self.groups)
+        s = F.conv2d(x, widened(self.weight), None, *window).abs()
+        scale = 1.0 if self.scale is None else float(self.scale.abs().max())
+        share = float((s * scale > _SATURATED).float().mean())
+        if share < SHARE:
+            return None
+        better = power_of_two(0.5 / max(quantile(s, 0.99), 1e-30))
+        return f"saturated: {share:.0%} of tanh beyond ±0.98; by neutral({min(better, 1.0):.1g}) it is not"
 
 
 def _body(form: NodeForm) -> list[str]:

@@ -1,0 +1,297 @@
+"""Choosing by measurement: scan, choose under a budget, convert, calibrate, measure together, back off."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from convsurgery.adapt.calibration import Calibration, fits_of, run_fits
+from convsurgery.adapt.choose import Choice, Point, backed_off, choose
+from convsurgery.adapt.choose_report import change
+from convsurgery.adapt.evaluation import eval_mode
+from convsurgery.adapt.fitting import FitOptions
+from convsurgery.adapt.images import Images
+from convsurgery.adapt.losses import logits_of
+from convsurgery.adapt.scan import Scan, scan
+from convsurgery.adapt.timing import milliseconds
+from convsurgery.errors import ConversionError, DataError
+from convsurgery.graph import Observation
+from convsurgery.operators import Start
+from convsurgery.rules import AutoTarget, Rule, Rules, Wish, parse
+from convsurgery.surgery import Plan, apply, make_plan, record
+from convsurgery.surgery.record import set_record
+
+__all__ = ["Attempt", "AutoResult", "auto_rule", "choose_and_convert", "measured_points", "split"]
+
+#: every so many-th image is held out for measuring
+_HELD_OUT = 4
+#: held-out images below which an agreement says little
+_FEW = 32
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A choice carried out, and what it does as a whole on held-out images.
+
+    Attributes:
+        choice: what was replaced by what.
+        params, macs, latency: relative changes, such as -0.41; latency None where it was not wished for.
+        agreement: share of held-out images whose top-1 class is the original's.
+    """
+
+    choice: Choice
+    params: float
+    macs: float
+    latency: float | None
+    agreement: float
+
+    def holds(self, wish: Wish) -> bool:
+        """Whether what was promised is so."""
+        value = getattr(self, wish.metric)
+        return value is not None and (value >= wish.value if wish.op == ">=" else value <= wish.value)
+
+
+@dataclass(frozen=True)
+class AutoResult:
+    """A converted model that was chosen by measurement.
+
+    Attributes:
+        model: converted and calibrated.
+        plan: what was done; its notes say what was given up.
+        scan: what every replacement does alone.
+        attempts: all choices that were tried; the last one stands.
+        calibration: of the last one.
+        held_out: images that the agreement was measured on.
+    """
+
+    model: nn.Module
+    plan: Plan
+    scan: Scan
+    attempts: tuple[Attempt, ...]
+    calibration: Calibration | None
+    held_out: int
+
+    @property
+    def rule(self) -> str:
+        """The rules that do the same without measuring."""
+        return self.plan.rule
+
+    def __str__(self) -> str:
+        lines = [
+            f"tried {len(self.attempts)} choice{'s' * (len(self.attempts) > 1)} on {self.held_out} held-out images:"
+        ]
+        for number, attempt in enumerate(self.attempts, 1):
+            lines.append(
+                f"  {number}. {len(attempt.choice.picks)} sites: parameters {change(attempt.params)}, "
+                f"MACs {change(attempt.macs)}, agreement {attempt.agreement:.4f}"
+            )
+        return "\n".join([*lines, *self.plan.notes])
+
+
+def auto_rule(rules: Rules) -> Rule | None:
+    """The rule whose target is ``auto(...)``, if there is one; RuleError for two."""
+    found = [rule for rule in rules if isinstance(rule.target, AutoTarget)]
+    if len(found) > 1:
+        raise found[1].target.error("one rule may say auto(...)", hint="name all operators in one, behind one selector")
+    return found[0] if found else None
+
+
+def split(images: Images) -> tuple[Iterable[Tensor], Iterable[Tensor], int]:
+    """Images to fit and scan on, those held out (every fourth), and how many these are.
+
+    Raises:
+        DataError: for fewer than 8 images.
+    """
+    total = sum(len(batch) for batch in images)
+    if total < 2 * _HELD_OUT:
+        raise DataError(
+            f"auto needs images to fit to and others to measure on; {total} are too few, 64 or more are good"
+        )
+    return _Part(images, held_out=False), _Part(images, held_out=True), total // _HELD_OUT
+
+
+class _Part:
+    def __init__(self, images: Images, *, held_out: bool) -> None:
+        self.images, self.held_out = images, held_out
+
+    def __iter__(self) -> Iterator[Tensor]:
+        seen = 0
+        for batch in self.images:
+            out = (torch.arange(seen, seen + len(batch)) % _HELD_OUT == _HELD_OUT - 1).to(batch.device)
+            seen += len(batch)
+            part = batch[out == self.held_out]
+            if len(part):
+                yield part
+
+
+def choose_and_convert(
+    model: nn.Module,
+    rules: Rules,
+    images: Images,
+    seen: Observation,
+    *,
+    label: str,
+    params: int,
+    start: Start | None = None,
+    on_attempt: Callable[[Attempt], object] | None = None,
+) -> AutoResult:
+    """Carry out rules of which one is ``auto(...)``.
+
+    Scans the operators on three quarters of the images, chooses the replacements that meet the wishes with the least
+    damage, converts a copy, calibrates it, and measures on the last quarter; while the wished agreement is missed, the
+    worst quarter of the replacements is given back.
+
+    Raises:
+        ConversionError: for savings out of reach even with every replacement, or an agreement that no replacement at
+            all keeps.
+        DataError: for too few images.
+    """
+    rule = auto_rule(rules)
+    assert rule is not None
+    target = rule.target
+    assert isinstance(target, AutoTarget)
+    fit, held_out, count = split(images)
+    if count < _FEW:
+        warnings.warn(f"only {count} held-out images: an agreement measured on them says little", stacklevel=3)
+    taken = _taken_before(rules, rule, seen, label, params, start)
+    timed = any(wish.metric == "latency" for wish in target.wishes)
+    options = [str(option) for option in target.options]
+    found = scan(model, options, fit, where=str(rule.selector), start=start, images=None, latency=timed)
+    known = {row.site for row in found.rows}
+    sizes = {site.name: site.cost.params for site in seen.sites}
+    choice: Choice | None = choose(found, target.wishes or _ANY, exclude=sorted(taken & known), sizes=sizes)
+    reference = _answers(model, held_out)
+    attempts: list[Attempt] = []
+    while choice is not None and choice.picks:
+        plan = make_plan(label, params, seen, _with(rules, rule, choice), start, data=True)
+        new = apply(model, plan)
+        fits = fits_of(plan.edits)
+        calibration = run_fits(new, model, fits, fit, FitOptions(), progress=False) if fits else None
+        attempts.append(_measure(new, model, plan, choice, held_out, reference, timed))
+        if on_attempt is not None:
+            on_attempt(attempts[-1])
+        missed = [wish for wish in target.wishes if not attempts[-1].holds(wish)]
+        if not any(wish.metric == "agreement" for wish in missed):
+            return _done(new, plan, found, attempts, calibration, missed, count)
+        choice = backed_off(found, choice)
+    raise ConversionError(_nothing_left(target.wishes, attempts, count))
+
+
+#: where nothing is wished for, answers are to stay
+_ANY = (Wish("agreement", ">=", 0.99),)
+
+
+def _taken_before(
+    rules: Rules, rule: Rule, seen: Observation, label: str, params: int, start: Start | None
+) -> set[str]:
+    """Sites that rules before the one with auto take or shield."""
+    before = tuple(each for each in rules.rules[: rules.rules.index(rule)])
+    if not before:
+        return set()
+    plan = make_plan(label, params, seen, Rules(before), start, data=True)
+    return {entry.site.name for entry in plan.entries if entry.rule is not None}
+
+
+def _with(rules: Rules, rule: Rule, choice: Choice) -> Rules:
+    """The rules with the choice in the place of ``auto(...)``; the sites it leaves are kept."""
+    picked = (*parse(choice.rule).rules, Rule(rule.selector, parse("all-conv->keep").rules[0].target))
+    at = rules.rules.index(rule)
+    return Rules((*rules.rules[:at], *picked, *rules.rules[at + 1 :]))
+
+
+def _answers(model: nn.Module, images: Iterable[Tensor]) -> list[Tensor]:
+    with eval_mode(model), torch.no_grad():
+        return [logits_of(model(batch)).argmax(1) for batch in images]
+
+
+def _measure(
+    new: nn.Module,
+    model: nn.Module,
+    plan: Plan,
+    choice: Choice,
+    images: Iterable[Tensor],
+    reference: Sequence[Tensor],
+    timed: bool,
+) -> Attempt:
+    answers = _answers(new, images)
+    same = sum(int((a == b).sum()) for a, b in zip(answers, reference, strict=True))
+    count = sum(len(answer) for answer in reference)
+    before, after = plan.before, plan.after
+    latency = None
+    if timed:
+        batch = next(iter(images))
+        with eval_mode(new, model), torch.no_grad():
+            old_ms, new_ms = milliseconds(lambda: model(batch), lambda: new(batch))
+        latency = new_ms / old_ms - 1
+    return Attempt(
+        choice,
+        (after.params - before.params) / max(1, plan.total_params),
+        (after.macs - before.macs) / max(1, before.macs),
+        latency,
+        same / count,
+    )
+
+
+def _done(
+    new: nn.Module,
+    plan: Plan,
+    found: Scan,
+    attempts: list[Attempt],
+    calibration: Calibration | None,
+    missed: Sequence[Wish],
+    count: int,
+) -> AutoResult:
+    last = attempts[-1]
+    notes = [
+        f"auto: {len(last.choice.picks)} sites, parameters {change(last.params)}, MACs {change(last.macs)}, "
+        f"agreement {last.agreement:.4f} on {count} held-out images, after {len(attempts)} attempts"
+    ]
+    notes += [f"auto: gave up {wish}: {_reached(last, wish)} was reached" for wish in missed]
+    plan = dataclasses.replace(plan, notes=(*plan.notes, *notes))
+    done = record(new)
+    if done is not None:
+        set_record(new, dataclasses.replace(done, plans=(*done.plans[:-1], plan)))
+    if missed:
+        warnings.warn("; ".join(notes[1:]), stacklevel=4)
+    return AutoResult(new, plan, found, tuple(attempts), calibration, count)
+
+
+def _reached(attempt: Attempt, wish: Wish) -> str:
+    value = getattr(attempt, wish.metric)
+    return f"{value:.4f}" if wish.metric == "agreement" else f"{wish.metric} {change(value)}"
+
+
+def _nothing_left(wishes: Sequence[Wish], attempts: Sequence[Attempt], count: int) -> str:
+    wanted = ", ".join(map(str, wishes))
+    if not attempts:
+        return f"no replacement meets {wanted}: nothing that saves anything is predicted to keep that agreement"
+    best = max(attempts, key=lambda attempt: attempt.agreement)
+    return (
+        f"no replacement meets {wanted}: the best of {len(attempts)} choices, {len(best.choice.picks)} sites with "
+        f"parameters {change(best.params)}, agrees on {best.agreement:.4f} of {count} held-out images. Fine-tune after "
+        "converting by a rule of your own, take other operators, or ask for less"
+    )
+
+
+def measured_points(
+    model: nn.Module, choices: Sequence[Choice], images: Images, seen: Observation, *, metric: str = "params"
+) -> list[Point]:
+    """Each choice carried out and measured on held-out images, for a curve of saving against agreement."""
+    fit, held_out, _ = split(images)
+    reference = _answers(model, held_out)
+    points = []
+    params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for choice in choices:
+        plan = make_plan("", params, seen, parse(choice.rule), None, data=True)
+        new = apply(model, plan)
+        if fits := fits_of(plan.edits):
+            run_fits(new, model, fits, fit, FitOptions(), progress=False)
+        attempt = _measure(new, model, plan, choice, held_out, reference, metric == "latency")
+        saving = -(getattr(attempt, metric) or 0.0)
+        points.append(Point(saving, choice.predicted.agreement, attempt.agreement, f"{len(choice.picks)} sites"))
+    return points

@@ -1,0 +1,30 @@
+"""Wall-clock times of two ways to compute the same, side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+__all__ = ["milliseconds"]
+
+
+def milliseconds(first: Callable[[], object], second: Callable[[], object], rounds: int = 5) -> tuple[float, float]:
+    """Medians over interleaved calls, after one of each to warm up."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds + 1):
+        for call, kept in zip((first, second), times, strict=True):
+            _wait()
+            begun = time.perf_counter()
+            call()
+            _wait()
+            if number:
+                kept.append((time.perf_counter() - begun) * 1e3)
+    return median(times[0]), median(times[1])
+
+
+def _wait() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -1,0 +1,116 @@
+"""Arguments that several commands share, and the models they name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = [
+    "AsJson",
+    "Checkpoint",
+    "Classes",
+    "Folder",
+    "ImageSize",
+    "ModelName",
+    "Pretrained",
+    "RuleText",
+    "StartText",
+    "open_model",
+    "original",
+    "teacher_named",
+]
+
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="timm's name, torchvision/NAME, or a folder that convert wrote.")
+]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that convert or finetune wrote.")]
+RuleText = Annotated[
+    str, typer.Option("--rule", "-r", help="Which convolutions become what, e.g. first-conv->kerv-poly.")
+]
+StartText = Annotated[
+    str | None,
+    typer.Option(
+        metavar="START",
+        help="How new operators begin whose rule does not say: neutral(1e-3), fit, blend, copy, project or random.",
+    ),
+]
+Classes = Annotated[int | None, typer.Option(help="Classes of the model's head.")]
+ImageSize = Annotated[int | None, typer.Option(help="Height and width of the input in pixels.")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Load the published weights.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Load weights from a file: .safetensors, or .pth (tensors only, no code).")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def open_model(
+    name: str,
+    pretrained: bool = False,
+    checkpoint: Path | None = None,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    meta: bool = False,
+) -> nn.Module:
+    """The model a command-line argument names: a saved folder, or a model to build."""
+    import convsurgery as cs
+    from convsurgery.errors import ModelError
+    from convsurgery.surgery.storage import CONFIG
+
+    if (Path(name) / CONFIG).is_file():
+        if pretrained or checkpoint or num_classes or img_size:
+            raise ModelError(
+                f"{name} is a saved model: --pretrained, --checkpoint, --num-classes, --img-size are settled"
+            )
+        return cs.load(name)
+    return cs.create_model(
+        name,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        num_classes=num_classes,
+        img_size=img_size,
+        device="meta" if meta else None,
+    )
+
+
+def teacher_named(wanted: str | None, model: nn.Module) -> tuple[nn.Module | None, str]:
+    """The teacher that ``--teacher`` names, and how to print it."""
+    import copy
+
+    import convsurgery as cs
+    from convsurgery import zoo
+    from convsurgery.errors import ModelError
+    from convsurgery.surgery.storage import CONFIG
+
+    if wanted is None:
+        done = cs.record(model)
+        kept = done is not None and all(entry.exactness in ("exact", "approximate") for entry in done.edits)
+        wanted = "start" if kept else "none"
+    if wanted == "none":
+        return None, "no teacher: plain cross-entropy"
+    if wanted == "start":
+        return copy.deepcopy(model), "teacher: the model as it stands before training"
+    if (Path(wanted) / CONFIG).is_file():
+        return cs.load(wanted), f"teacher: {wanted}"
+    base = zoo.identify(model)
+    if wanted == "pretrained" or Path(wanted).is_file():
+        if base is None:
+            raise ModelError("the folder does not name its base model: give the teacher as a folder")
+        checkpoint = None if wanted == "pretrained" else Path(wanted)
+        teacher = cs.create_model(base.name, pretrained=checkpoint is None, checkpoint=checkpoint, **dict(base.kwargs))
+        return teacher, f"teacher: {base.name} with weights of {wanted}"
+    raise ModelError(f"--teacher {wanted}: no such folder or file; or say start, pretrained or none")
+
+
+def original(wanted: str, model: nn.Module) -> tuple[nn.Module, str]:
+    """The unconverted model that ``--teacher`` names: pretrained, a folder or a weight file."""
+    from convsurgery.errors import ModelError
+
+    found, text = teacher_named(wanted, model)
+    if found is None or wanted == "start":
+        raise ModelError(f"--teacher {wanted}: here it is the model before conversion: pretrained, a folder or a file")
+    return found, text
