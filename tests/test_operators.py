@@ -870,7 +870,7 @@ def test_default_start(row: Row) -> None:
 @pytest.mark.parametrize(
     ("rule", "start", "message"),
     [
-        ("kerv-l1", "neutral", "kerv-l1 has no start 'neutral'\nknown: copy, random"),
+        ("kerv-l1", "neutral", "kerv-l1 has no start 'neutral'\nknown: blend, copy, fit, random"),
         ("conv", "neutral", "conv has no start 'neutral'"),
         ("kerv-poly(balance=0)", "neutral", "without a balance the polynomial has no linear term"),
         ("kerv-gauss(gamma=0.5)", "neutral", "the neutral start chooses gamma itself; leave gamma out"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convsurgery.geometry import Cost, Site
@@ -19,6 +20,7 @@ from convsurgery.operators.kervolution._conv import (
     affine,
     exact_inner,
     inner,
+    per_channel,
     squared_norm,
     window_squares,
 )
@@ -31,7 +33,7 @@ from convsurgery.operators.kervolution._layer import (
     quantile,
 )
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
-from convsurgery.operators.precision import no_grad_needed, result_dtype
+from convsurgery.operators.precision import no_grad_needed, result_dtype, widened
 
 __all__ = ["GaussKervolution2d", "KervGauss", "kerv_gauss"]
 
