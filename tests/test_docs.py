@@ -101,7 +101,7 @@ def test_every_option_of_the_command_line_is_documented(capsys: pytest.CaptureFi
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     run(["--help"])
     commands = re.findall(r"^  ([a-z]+) ", capsys.readouterr().out, re.MULTILINE)
-    assert len(commands) == 10
+    assert len(commands) == 13
     for command in commands:
         assert f"convsurgery {command}" in text
         run([command, "--help"])

@@ -40,7 +40,7 @@ ALLOWED = {
         "adapt",
         "export",
     },
-    "bench": {"errors", "geometry", "rules", "operators", "api", "cli"},
+    "bench": {"errors", "geometry", "rules", "operators", "adapt", "api", "cli"},
     "recipes": {"errors", "adapt", "api"},
     "coverage": {"errors", "zoo", "surgery", "api"},
     "cli": {

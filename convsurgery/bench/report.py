@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from convsurgery.errors import ConvSurgeryError, nearest
 
 __all__ = ["run_bench"]
 
-PARTS = ("ops", "diffusion", "onnx", "convert", "all")
+PARTS = ("ops", "diffusion", "onnx", "convert", "starts", "all")
 
 
 def run_bench(
     what: str = "all", repeats: int = 30, threads: int = 2, as_json: bool = False, figure: Path | None = None
 ) -> str:
-    """Run benchmarks and return the report; ``figure`` is where the diffusion part draws its SVG.
+    """Run benchmarks and return the report; ``figure`` is where the diffusion part, or that of starts, draws its SVG.
+
+    The part of starts trains networks and takes some ten minutes, so that "all" leaves it out.
 
     Raises:
         ConvSurgeryError: for a benchmark that does not exist.
@@ -32,6 +35,9 @@ def run_bench(
     lines = [results["machine"]]
     if what in ("ops", "all"):
         lines += _operators(results, repeats)
+    if what == "starts":
+        results["starts"] = _starts(figure)
+        lines += ["", *results["starts"]]
     if what in ("diffusion", "all"):
         lines += _diffusion(results, repeats, threads, figure)
     if what in ("onnx", "all"):
@@ -61,6 +67,16 @@ def _operators(results: dict[str, Any], repeats: int) -> list[str]:
         )
     lines += [f"{name}: {factor:.0f}× faster than its unfold form" for name, factor in unfold.items()]
     lines += [f"{rule}: {extra:.2f} outputs of memory beside the output" for rule, extra in memory.items()]
+    return lines
+
+
+def _starts(figure: Path | None) -> list[str]:
+    from convsurgery.bench.starts import bench_starts
+
+    lines = []
+    for line in bench_starts(figure):
+        print(line, file=sys.stderr, flush=True)
+        lines.append(line)
     return lines
 
 

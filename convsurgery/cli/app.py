@@ -276,11 +276,11 @@ def demo(
 
 
 def bench(
-    what: Annotated[str, typer.Argument(help="ops, diffusion, onnx, convert, or all.")] = "all",
+    what: Annotated[str, typer.Argument(help="ops, diffusion, onnx, convert, starts, or all but starts.")] = "all",
     repeats: Annotated[int, typer.Option(help="Rounds; medians are shown.")] = 30,
     threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
     as_json: AsJson = False,
-    figure: Annotated[Path | None, typer.Option(help="SVG of the diffusion part; needs matplotlib.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="SVG of the diffusion or starts part; needs matplotlib.")] = None,
 ) -> None:
     """Measure the operators against F.conv2d, and converting against timm's tracing."""
     from convsurgery.bench import run_bench

@@ -79,6 +79,13 @@ class OperatorLayer(nn.Module):
         """
         return False
 
+    def leave_gain(self) -> Tensor | None:
+        """Give up a positive output gain that costs a pass: y becomes y / gain; returns it, (C_out,).
+
+        None, and nothing is changed, where there is none to leave. Must not depend on values, but for their signs.
+        """
+        return None
+
     def prepared(self, input: Tensor) -> Tensor:
         """What this layer works on where a convolution that pads its own input stood; else the input itself."""
         return input

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 
 from torch import nn
 
-from convsurgery.graph import aliases, copy_model, followers, regions
+from convsurgery.graph import Region, aliases, copy_model, followers, regions
 from convsurgery.operators import OperatorLayer
 from convsurgery.operators.fused import batchnorm_affine, without_affine
 from convsurgery.surgery.blend import finish_blend
+from convsurgery.surgery.onward import consumers, scale_inputs
 from convsurgery.surgery.record import Record, record, set_record
 
 __all__ = ["fuse"]
@@ -19,7 +21,9 @@ __all__ = ["fuse"]
 def fuse(model: nn.Module) -> nn.Module:
     """An eval-mode copy of ``model`` with every operator's constants and following BatchNorm folded into it.
 
-    Computes the same up to rounding, without the batch norms' passes; meant for deployment, not for training.
+    Computes the same up to rounding, without the batch norms' passes; meant for deployment, not for training. A gain
+    that an operator is left with goes into the weights of the convolution behind it, where there is nothing but a ReLU,
+    pooling or dropout between them.
     A BatchNorm is folded where FX shows that it alone consumes the operator's output; where the model does not trace,
     the constants are folded and the BatchNorms stay.
     """
@@ -40,8 +44,23 @@ def fuse(model: nn.Module) -> nn.Module:
             _replace(modules, names[id(module)], new)
         else:
             fused = new
+    _hand_on(fused, graphs)
     set_record(fused, dataclasses.replace(record(model) or Record(()), fused=True))
     return fused.eval()
+
+
+def _hand_on(model: nn.Module, graphs: Sequence[Region]) -> None:
+    """Leave gains to the convolutions behind, which multiply by something anyway."""
+    modules, names = dict(model.named_modules(remove_duplicate=False)), aliases(model)
+    for name, next_name in list(consumers(graphs, modules)):
+        layer, conv = modules[name], modules[next_name]
+        if not isinstance(layer, OperatorLayer) or type(conv) is not nn.Conv2d:
+            continue
+        gain = layer.leave_gain()
+        if gain is not None:
+            new = scale_inputs(conv, gain)
+            _replace(modules, names[id(conv)], new)
+            modules.update(dict.fromkeys(names[id(conv)], new))
 
 
 def _replace(modules: dict[str, nn.Module], names: tuple[str, ...], new: nn.Module) -> None:

@@ -51,6 +51,9 @@ class Kervolution2d(OperatorLayer):
     #: how the constants (and "hyper") go with ε when only the nonlinearity is to change: the powers of the ratio
     dial: ClassVar[dict[str, int]] = {}
 
+    #: whether :meth:`fold` has made it
+    folded = False
+
     weight: Tensor
     bias: Tensor | None
     scale: Tensor | None
@@ -239,6 +242,7 @@ class Kervolution2d(OperatorLayer):
         keep their scale, which their filters could not hold.
         """
         fused = type(self).like(self, centered=self.centered, **self.options())
+        fused.folded = True
         weight, bias = self.weight.detach(), self.full_bias()
         fold = self.scale is not None and weight.dtype in (torch.float32, torch.float64)
         if fold and self.scale is not None:
@@ -263,6 +267,16 @@ class Kervolution2d(OperatorLayer):
         self.bias = nn.Parameter(total.to(self.weight), requires_grad=False)
         return True
 
+    def leave_gain(self) -> Tensor | None:
+        if self.gain is None or not float(self.gain.min()) > 0:
+            return None
+        gain = self.gain.double().expand(self.out_channels).clone()
+        bias = self.full_bias()
+        self.gain = self.offset = None
+        if bias is not None:
+            self.bias = nn.Parameter((bias.detach().double() / gain).to(self.weight), requires_grad=False)
+        return gain
+
     def fitter(self, conv: nn.Conv2d, ridge: float | None = None, *, shift: bool = False) -> Fitter:
         """Fits gain and offset, and for a neutral start ε; a penalty has no part in it."""
         return AffineFit(self) if self.eps is None else NeutralFit(self, absorb=shift)
@@ -282,6 +296,10 @@ class Kervolution2d(OperatorLayer):
                     self._buffers[name] = None
             elif own is None or own.shape != stored.shape:
                 self._buffers[name] = torch.empty_like(stored, device=self.weight.device)
+        bias = state_dict.get(prefix + "bias")
+        if self.folded and self.bias is None and bias is not None:
+            # An offset that data had found was folded into it.
+            self.bias = nn.Parameter(torch.empty_like(bias, device=self.weight.device), requires_grad=False)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
