@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convsurgery.bench import diffusion, operators, run_bench, runtime
+from convsurgery.bench import diffusion, operators, run_bench, runtime, starts
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +47,18 @@ def test_diffusion(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     diffusion.draw_figure(tmp_path / "img" / "figure.svg", repeats=1)
     assert (tmp_path / "img" / "figure.svg").read_text(encoding="utf-8").count("<path") > 20
+
+
+def test_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    # Every section but that of memory, which measures processes of its own, on one tiny network.
+    monkeypatch.setattr(starts, "MODELS", {"test_resnet": (1, 2e-3)})
+    model, data = starts.trained("test_resnet")
+    monkeypatch.setattr(starts, "trained", lambda name: (model, data))
+    monkeypatch.setattr(starts, "BLEND_EPOCHS", 1)
+    monkeypatch.setattr(starts, "BUDGET", "params<=-5%")
+    monkeypatch.setattr(starts, "SECTIONS", {k: v for k, v in starts.SECTIONS.items() if k not in ("memory", "fit")})
+    lines = list(starts.bench_starts(tmp_path / "curve.svg"))
+    assert len(lines) > 25
+    assert any(line.startswith("scan of ") for line in lines)
+    assert (tmp_path / "curve.svg").is_file()

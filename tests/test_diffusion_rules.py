@@ -110,7 +110,7 @@ def test_fit_keeps_what_a_random_start_loses(step: str, tmp_path: Path) -> None:
     errors: dict[str, float] = {}
     before = copy.deepcopy(model.state_dict())
     rule = f"residual->{step}(step=0.5)"
-    new = cs.convert(model, rule, calibration=images, on_layer=errors.__setitem__)
+    new = cs.convert(model, rule, calibration=images, on_layer=lambda layer: errors.update({layer.name: layer.after}))
     assert list(errors) == ["layer1.0.residual", "layer1.1.residual", "layer2.1.residual"]
     assert all(error < 0.15 for error in errors.values()), errors
     kept = [float((net(held_out).argmax(1) == answers).float().mean()) for net in (new, cs.convert(model, rule))]
@@ -126,7 +126,12 @@ def test_fit_keeps_what_a_random_start_loses(step: str, tmp_path: Path) -> None:
 def test_errors_that_are_told_are_those_of_the_blocks() -> None:
     model, images, _ = trained()
     errors: dict[str, float] = {}
-    new = cs.convert(model, "residual->rd-implicit(step=0.5)", calibration=images, on_layer=errors.__setitem__)
+    new = cs.convert(
+        model,
+        "residual->rd-implicit(step=0.5)",
+        calibration=images,
+        on_layer=lambda layer: errors.update({layer.name: layer.after}),
+    )
     outputs = []
     for net in (model, new):
         handle = net.layer1[0].act2.register_forward_pre_hook(lambda _, args: outputs.append(args[0].detach().clone()))
@@ -141,7 +146,7 @@ def test_fit_of_single_convolutions() -> None:
     model, images, _ = trained()
     rule = "conv[k=3, cin=cout, name=layer1.*]->rd-explicit(residual=false, step=1)"
     errors: dict[str, float] = {}
-    new = cs.convert(model, rule, calibration=images, on_layer=errors.__setitem__)
+    new = cs.convert(model, rule, calibration=images, on_layer=lambda layer: errors.update({layer.name: layer.after}))
     assert len(errors) == 4
     assert all(error < 1 for error in errors.values())
     assert torch.isfinite(new(images)).all()

@@ -26,12 +26,15 @@ def chain(*between: nn.Module, groups: int = 1, bias: bool = True, norm: bool = 
     return model
 
 
-def fused(
-    model: nn.Module, rule: str = "first-conv->kerv-poly by neutral(0.25)"
-) -> tuple[nn.Module, nn.Module, Tensor]:
+def fused(model: nn.Module) -> tuple[nn.Module, nn.Module, Tensor]:
     x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
-    new = cs.convert(model, rule, example_inputs=x)
+    new = cs.convert(model, "first-conv->kerv-poly by neutral(0.25)", example_inputs=x)
     return new, cs.fuse(new), x
+
+
+def error(deployed: nn.Module, new: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return float((deployed(x) - new(x)).abs().max() / new(x).abs().max())
 
 
 THROUGH: dict[str, Callable[[], tuple[nn.Module, ...]]] = {

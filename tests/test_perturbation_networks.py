@@ -159,7 +159,7 @@ def test_fit_without_data_names_the_starts_that_need_none() -> None:
     ) as e:
         cs.convert(model, "conv[in=BasicBlock]->pnn", start="fit")
     assert str(e.value).endswith("Without data it starts by project or random or blend")
-    with pytest.raises(ConversionError, match="Without data it starts by neutral or project or random or blend$"):
+    with pytest.raises(ConversionError, match=r"Without data it starts by neutral or project or random or blend$"):
         cs.convert(model, "pointwise->pnn", start="fit")
     with pytest.raises(DataError, match="the calibration data is empty"):
         cs.convert(model, "pointwise->pnn", calibration=[])

@@ -131,7 +131,7 @@ def test_recipe_runs_from_the_command_line(written: Path, capsys: pytest.Capture
         "fine-tune",
     ):
         assert step in out
-    errors = dict(re.findall(r"^  (layer\S+)  (\d\.\d{3})$", out, re.MULTILINE))
+    errors = dict(re.findall(r"^(layer\S+)\s+pnn\s+least squares\s+\S+\s+([\d.]+)", out, re.MULTILINE))
     assert len(errors) == 16
     assert all(0 < float(error) < 1.5 for error in errors.values())
     assert max(len(line) for line in out.splitlines() if "wrote" not in line) <= 80

@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+import convsurgery as cs
 from convsurgery import rules
 from convsurgery.errors import ConvSurgeryError, RuleError
 from convsurgery.geometry import ConvGeometry, Site
 from convsurgery.rules import (
+    AutoTarget,
     Glob,
     KeyName,
     PredicateSelector,
@@ -25,6 +27,7 @@ from convsurgery.rules import (
     Selector,
     SelectorPlace,
     Target,
+    Wish,
     as_rules,
     as_target,
     list_selectors,
@@ -89,6 +92,21 @@ def test_parse_builds_the_whole_tree():
         ("conv->x(a=1e-3, b=.5, c=1., d=-2, e=+7, f=-inf)", "conv->x(a=0.001, b=0.5, c=1.0, d=-2, e=7, f=-inf)"),
         ("conv->x(a=1e16, b=channel-wise)", "conv->x(a=1e+16, b=channel-wise)"),
         ("conv->x(in=1, name=2, k=3)", None),
+        ("conv->x by fit", None),
+        ("conv->x  by\n neutral ( 1e-3 )", "conv->x by neutral(0.001)"),
+        ("conv->x by neutral(eps = 1e-3); conv->y by blend", "conv->x by neutral(eps=0.001); conv->y by blend"),
+        ("conv->x(a=1)by random( seed=7 )", "conv->x(a=1) by random(seed=7)"),
+        ("conv->x by blend(.5)", "conv->x by blend(0.5)"),
+        ("conv->x by blend(t=0.5)", None),
+        ("conv->x(by=1, start=2) by copy", None),
+        ("conv->by by by", None),
+        ("conv->auto(x)", None),
+        ("conv->auto(linear-mix | pnn, params<=-40%)", None),
+        (
+            "conv->auto( a( b ) by neutral(.1)|c ,agreement>=98%, macs <= -0.3 ); all-conv->keep",
+            "conv->auto(a(b=true) by neutral(0.1) | c, agreement>=0.98, macs<=-30%); all-conv->keep",
+        ),
+        ("conv->auto(x, latency<=-12.5%, params<=-1%, agreement>=1)", None),
     ],
 )
 def test_canonical_text(text, canonical):
@@ -202,6 +220,71 @@ def test_regex_has_one_spelling_for_a_slash():
         ("conv->x(a=3x5)", "expected a number, true, false, none or a word, found '3x5'", "          ^^^", ""),
         ("conv->x(a=1e999)", "the number 1e999 is too large", "          ^^^^^", ""),
         ("conv->x(a=" + "9" * 40 + ")", "is too large", " " * 10 + "^" * 40, ""),
+        ("conv->x by", "expected a start after 'by', found the end", " " * 10 + "^", "e.g. by neutral(1e-3), by fit"),
+        ("conv->x by; conv->y", "expected a start after 'by', found ';'", " " * 10 + "^", ""),
+        ("conv->x by 3", "expected a start after 'by', found '3'", " " * 11 + "^", ""),
+        ("conv->x by neutral(", "expected the number of the start neutral, found the end", " " * 19 + "^", ""),
+        ("conv->x by fit()", "expected the number of the start fit, found ')'", " " * 15 + "^", "by neutral(1e-3)"),
+        ("conv->x by neutral(eps=)", "expected the number of the start neutral, found ')'", " " * 23 + "^", ""),
+        ("conv->x by neutral(1e-3", "'(' is never closed", " " * 18 + "^", "')' after neutral(1e-3"),
+        ("conv->x by neutral(1e-3, 2)", "')' after neutral(1e-3, found ','", " " * 23 + "^", ""),
+        (
+            "conv->x by neutral(3x5)",
+            "expected a number, true, false, none or a word, found '3x5'",
+            " " * 19 + "^^^",
+            "",
+        ),
+        ("conv->x by neutral(1e999)", "the number 1e999 is too large", " " * 19 + "^^^^^", ""),
+        ("conv->x by copy by fit", "expected ';' or the end after a rule, found 'by'", " " * 16 + "^^", ""),
+        ("conv->x by copy fit", "expected ';' or the end after a rule, found 'fit'", " " * 16 + "^^^", ""),
+        ("conv->x bye", "expected ';' or the end after a rule, found 'bye'", " " * 8 + "^^^", ""),
+        ("conv->x by-copy", "expected ';' or the end after a rule, found 'by-copy'", " " * 8 + "^" * 7, ""),
+        ("conv->auto", "expected '(' after auto, found the end", " " * 10 + "^", "e.g. auto(linear-mix | pnn, params"),
+        ("conv->auto()", "expected an operator", " " * 11 + "^", ""),
+        ("conv->auto(3)", "expected an operator", " " * 11 + "^", ""),
+        ("conv->auto(x |)", "expected an operator", " " * 14 + "^", ""),
+        ("conv->auto(x", "'(' is never closed", " " * 10 + "^", "expected ',' or ')' after x"),
+        ("conv->auto(x; conv->y", "'(' is never closed", " " * 10 + "^", ""),
+        (
+            "conv->auto(x y)",
+            "expected ',' or ')' after x, found 'y'",
+            " " * 13 + "^",
+            "e.g. auto(linear-mix | pnn, params",
+        ),
+        ("conv->auto(x, y | z)", "expected a comparison after y, found '|'", " " * 16 + "^", ""),
+        ("conv->auto(x, params<=-4% | y)", "')' after params<=-4%, found '|'", " " * 26 + "^", ""),
+        ("conv->auto(x | y(b=))", "expected a value for b, found ')'", " " * 19 + "^", ""),
+        ("conv->auto(x | y by)", "expected a start after 'by', found ')'", " " * 19 + "^", ""),
+        ("conv->auto(keep)", "keep is no operator to choose", " " * 11 + "^^^^", "sites may always stay as they are"),
+        ("conv->auto(x | auto(y))", "auto is no operator to choose", " " * 15 + "^" * 7, ""),
+        ("conv->auto(x) by fit", "expected ';' or the end after a rule, found 'by'", " " * 14 + "^^", ""),
+        ("conv->auto(x, )", "expected a measure, found ')'", " " * 14 + "^", "e.g. auto(linear-mix | pnn, params"),
+        ("conv->auto(x, 3)", "expected a measure, found '3'", " " * 14 + "^", ""),
+        ("conv->auto(x, params)", "expected a comparison after params, found ')'", " " * 20 + "^", ""),
+        ("conv->auto(x, params<=)", "expected a number after params<=, found ')'", " " * 22 + "^", ""),
+        ("conv->auto(x, params<=few)", "expected a number after params<=, found 'few'", " " * 22 + "^^^", ""),
+        ("conv->auto(x, params<=-4%%)", "')' after params<=-4%, found '%'", " " * 25 + "^", ""),
+        ("conv->auto(x, parms<=-4%)", "auto knows no measure 'parms'", " " * 14 + "^" * 5, "did you mean 'params'?"),
+        (
+            "conv->auto(x, zz<=-4%)",
+            "auto knows no measure 'zz'",
+            " " * 14 + "^^",
+            "known: agreement, latency, macs, params",
+        ),
+        ("conv->auto(x, params>=-4%)", "params is bounded by '<=', not '>='", " " * 20 + "^^", "e.g. params<=-40%"),
+        ("conv->auto(x, macs==-4%)", "macs is bounded by '<=', not '=='", " " * 18 + "^^", "e.g. macs<=-30%"),
+        ("conv->auto(x, agreement<=0.9)", "agreement is bounded by '>=', not '<='", " " * 23 + "^^", ""),
+        ("conv->auto(x, params<=4%)", "params wants a change below 0 and above -100%", " " * 22 + "^^", "40 % fewer"),
+        ("conv->auto(x, latency<=0)", "latency wants a change below 0", " " * 23 + "^", "e.g. latency<=-20%"),
+        ("conv->auto(x, macs<=-100%)", "macs wants a change below 0 and above -100%", " " * 20 + "^" * 5, ""),
+        (
+            "conv->auto(x, agreement>=1.5)",
+            "agreement is a share from 0 to 1",
+            " " * 25 + "^^^",
+            ">=0.98 or agreement>=98%",
+        ),
+        ("conv->auto(x, agreement>=-1%)", "agreement is a share from 0 to 1", " " * 25 + "^^^", ""),
+        ("conv->auto(x, macs<=-4%, macs<=-2%)", "macs is bounded twice", " " * 25 + "^" * 9, ""),
     ],
 )
 def test_errors_show_the_place(text, message, carets, hint):
@@ -296,6 +379,18 @@ def test_errors_of_objects_made_in_python_show_their_canonical_text():
         (lambda: Target("x", (("a", (1, 2)),)), "expected an int, float, bool, None or a word"),
         (lambda: Target("x", (("a", 10**5000),)), r"a rule cannot hold the value of x\(a\)"),
         (lambda: Rules(()), "no rule was given"),
+        (lambda: Target("x", (), "a b"), "'a b' is not a start a rule can hold"),
+        (lambda: Target("x", (), "neutral(1e-3"), r"'neutral\(1e-3' is not a start a rule can hold"),
+        (lambda: Wish("speed", "<=", -0.4), "auto knows no measure 'speed'"),
+        (lambda: Wish("params", "<", -0.4), "params is bounded by '<=', not '<'"),
+        (lambda: Wish("params", "<=", float("nan")), "params wants a change below 0"),
+        (lambda: Wish("agreement", ">=", 98), "agreement is a share from 0 to 1"),
+        (lambda: AutoTarget("auto"), "auto needs operators to choose from"),
+        (lambda: AutoTarget("auto", options=(Target("keep"),)), "keep is no operator to choose"),
+        (
+            lambda: AutoTarget("auto", options=(Target("x"),), wishes=(Wish("macs", "<=", -0.4),) * 2),
+            "macs is bounded twice",
+        ),
     ],
 )
 def test_objects_are_checked_when_made(make, message):
@@ -438,6 +533,115 @@ def test_an_unknown_size_passes_no_test_and_does_not_crash(shape):
 )
 def test_singles_out(selector, single):
     assert parse_selector(selector).singles_out is single
+
+
+# Starts and choices in a rule.
+
+
+def test_a_rules_start_is_a_text_and_has_a_place():
+    text = "first-conv->keep; conv -> kerv-poly( degree = 3 )  by  neutral( 1e-3 )"
+    target = parse(text).rules[1].target
+    assert (target.name, target.args, target.by) == ("kerv-poly", (("degree", 3),), "neutral(0.001)")
+    error = target.error("no", rules.BY)
+    assert text[error.start : error.end] == "neutral( 1e-3 )"
+    made = Target("kerv-poly", (("degree", 3),), "neutral(0.001)")
+    assert made == target
+    assert str(made.error("no", rules.BY)).splitlines() == [
+        "no",
+        "  kerv-poly(degree=3) by neutral(0.001)",
+        "                         ^^^^^^^^^^^^^^",
+    ]
+    assert parse("conv->kerv-poly").rules[0].target.by == ""
+
+
+def test_targets_with_other_starts_are_other_targets():
+    targets = {parse_target(f"x{by}") for by in ("", " by fit", " by neutral", " by neutral(0.1)", " by neutral(.1)")}
+    assert len(targets) == 4
+
+
+def test_auto_is_a_target_with_options_and_wishes():
+    target = parse("conv->auto(linear-mix | pnn(fanout=2) by fit, params<=-40%, agreement>=98%)").rules[0].target
+    assert isinstance(target, AutoTarget)
+    assert target.options == (Target("linear-mix"), Target("pnn", (("fanout", 2),), "fit"))
+    assert target.wishes == (Wish("params", "<=", -0.4), Wish("agreement", ">=", 0.98))
+    assert (target.args, target.by) == ((), "")
+    assert target == AutoTarget("auto", options=target.options, wishes=target.wishes)
+    assert as_target(str(target)) == target
+    assert parse_target("auto(pnn | linear-mix)") != parse_target("auto(linear-mix | pnn)")
+
+
+def test_wishes_and_options_know_where_they_were_written():
+    text = "first-conv->keep;  conv -> auto( x | y by fit , macs <= -30% )"
+    target = parse(text).rules[1].target
+    marked = [part.error("no") for part in (target, *target.options, *target.wishes)]
+    assert [text[error.start : error.end] for error in marked] == [
+        "auto( x | y by fit , macs <= -30% )",
+        "x",
+        "y",
+        "macs <= -30%",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message", "marked", "hint"),
+    [
+        ("first-conv->keep by copy; conv->kerv-poly", "what is kept does not start", "copy", ""),
+        ("first-conv->kerv-poly by neutrl", "unknown start 'neutrl'", "neutrl", "did you mean 'neutral'?"),
+        (
+            "first-conv->kerv-l1 by neutral(1e-3)",
+            "kerv-l1 has no start 'neutral'",
+            "neutral(1e-3)",
+            "known: blend, copy, fit, random",
+        ),
+        ("first-conv->kerv-poly by neutral(2)", "eps must be from 1e-12 to 1, not 2", "neutral(2)", ""),
+        ("first-conv->kerv-poly by neutral(seed=2)", "neutral takes only eps", "neutral(seed=2)", ""),
+        ("first-conv->kerv-poly by copy(3)", "start copy takes no argument", "copy(3)", ""),
+        ("first-conv->kerv-poly by blend(1.5)", "start blend: t must be from 0 to 1, not 1.5", "blend(1.5)", ""),
+        ("first-conv->kerv-l1 by fit(0)", "ridge must be above 0 and at most 1, not 0", "fit(0)", ""),
+        ("first-conv->kerv-l1 by random(0.5)", "seed must be a whole number", "random(0.5)", ""),
+        ("first-conv->kerv-l1 by fit(some)", "start fit: 'some' is not a number", "fit(some)", ""),
+        ("first-conv->kerv-gauss(gamma=1) by neutral", "the neutral start chooses gamma itself", "neutral", ""),
+        ("pointwise->pnn by neutral(0.5)", "pnn starts by neutral without an eps", "neutral(0.5)", ""),
+        ("first-conv->kerv-linear by blend", "kerv-linear has no start 'blend'", "blend", "known: copy, random"),
+        (
+            "first-conv->auto(kerv-poly)",
+            "auto chooses by measurement, which takes a model with weights, and images",
+            "auto(kerv-poly)",
+            "calibration=images",
+        ),
+    ],
+)
+def test_starts_that_cannot_be_are_marked_in_the_rule(rule, message, marked, hint):
+    with pytest.raises(RuleError, match=re.escape(message)) as caught:
+        cs.plan("resnet18", rule)
+    assert rule[caught.value.start : caught.value.end] == marked
+    assert caught.value.text == rule
+    assert hint in caught.value.hint
+
+
+@pytest.mark.xfail(strict=True, reason="Target refuses it without its place in the text")
+@pytest.mark.parametrize("start", ["COPY", "kerv.copy", "my_start"])
+def test_starts_that_cannot_be_written_are_marked_too(start):
+    rule = f"conv->keep; conv->x by {start}"
+    with pytest.raises(RuleError) as caught:
+        parse(rule)
+    assert caught.value.text == rule
+    assert rule[caught.value.start : caught.value.end] == start
+
+
+@pytest.mark.xfail(strict=True, reason="written with an exponent, or with more digits than are read")
+@pytest.mark.parametrize("wish", ["agreement>=12.34567891%", "agreement>=0.000001%", "params<=-0.00001%"])
+def test_canonical_wishes_can_be_read_again(wish):
+    parsed = parse(f"conv->auto(x, {wish})")
+    assert parse(str(parsed)) == parsed
+
+
+def test_a_rules_own_start_goes_before_the_one_for_all():
+    rule = "first-conv->kerv-poly by copy; conv[name=layer1.0.conv1]->kerv-sigmoid; last-conv->kerv-l2 by blend(0.5)"
+    starts = {e.site.name: str(e.start) for e in cs.plan("resnet18", rule, start="neutral(1e-3)").edits}
+    assert starts == {"conv1": "copy", "layer1.0.conv1": "neutral(eps=0.001)", "layer4.1.conv2": "blend(t=0.5)"}
+    starts = [str(entry.start) for entry in cs.plan("resnet18", rule).edits]
+    assert starts == ["copy", "neutral", "blend(t=0.5)"]
 
 
 # The registry.

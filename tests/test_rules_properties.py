@@ -10,8 +10,10 @@ from convsurgery import rules
 from convsurgery.errors import RuleError
 from convsurgery.geometry import ConvGeometry, Site
 from convsurgery.rules import (
+    BY,
     KEYS,
     OPERATORS,
+    AutoTarget,
     Glob,
     KeyName,
     NumberKey,
@@ -21,9 +23,11 @@ from convsurgery.rules import (
     Rules,
     Selector,
     Target,
+    Wish,
     list_selectors,
     parse,
 )
+from convsurgery.rules.values import format_argument
 
 NATURALS = st.integers(0, 10**30 - 1)
 WORDS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.-]{0,8}", fullmatch=True)
@@ -61,11 +65,32 @@ ARGUMENTS = st.lists(
     max_size=4,
     unique_by=lambda arg: arg[0],
 )
-TARGETS = objects(Target, WORDS, ARGUMENTS.map(tuple))
-RULES = st.lists(st.builds(Rule, SELECTORS, TARGETS), min_size=1, max_size=3).map(lambda made: Rules(tuple(made)))
+STARTS = st.builds(
+    lambda name, key, value: name if value is None else f"{name}({key}{format_argument(value)})",
+    st.from_regex(r"[a-z][a-z0-9-]{0,6}", fullmatch=True),
+    st.sampled_from(["", "eps=", "t="]),
+    st.one_of(st.none(), st.integers(0, 10**6), st.floats(allow_nan=False), WORDS),
+)
+TARGETS = objects(Target, WORDS.filter(lambda word: word != "auto"), ARGUMENTS.map(tuple), st.just("") | STARTS)
+WISHES = st.one_of(
+    st.builds(
+        lambda metric, percent: Wish(metric, "<=", percent / 1000),
+        st.sampled_from(["params", "macs", "latency"]),
+        st.integers(-999, -1),
+    ),
+    st.integers(0, 1000).map(lambda share: Wish("agreement", ">=", share / 1000)),
+)
+AUTOS = objects(
+    lambda options, wishes: AutoTarget("auto", options=tuple(options), wishes=tuple(wishes)),
+    st.lists(TARGETS, min_size=1, max_size=3),
+    st.lists(WISHES, max_size=2, unique_by=lambda wish: wish.metric),
+)
+RULES = st.lists(st.builds(Rule, SELECTORS, TARGETS | AUTOS), min_size=1, max_size=3).map(
+    lambda made: Rules(tuple(made))
+)
 
 # Text that comes near the language gets deeper into the parser than arbitrary text.
-SIGNS = ["->", *"[](),;=<>-./\\ \n\x00é", "!=", ">=", "{99999999999}", "(?"]
+SIGNS = ["->", *"[](),;=<>-./\\ \n\x00é|%", "!=", ">=", "{99999999999}", "(?", " by ", "auto("]
 WORDED = [
     "first-conv",
     "conv",
@@ -82,6 +107,8 @@ WORDED = [
     "/a\\/b/",
     "1e-3",
     "x",
+    "fit",
+    "params<=-40%",
 ]
 PIECES = st.sampled_from(SIGNS + WORDED)
 NEAR_TEXTS = st.lists(PIECES, max_size=14).map("".join)
@@ -107,11 +134,19 @@ def test_every_object_knows_where_it_was_written(made, blank):
         for part in (rule, rule.selector, *rule.selector.tests):
             error = part.error("")
             assert text[error.start : error.end] == str(part)
-        error = rule.target.error("")
-        assert text[error.start : error.end] == rule.target.name
-        for name, _ in rule.target.args:
-            error = rule.target.error("", name)
-            assert text[error.start : error.end].startswith(name + "=")
+        auto = isinstance(rule.target, AutoTarget)
+        for part in (rule.target, *rule.target.options, *rule.target.wishes) if auto else ():
+            error = part.error("")
+            assert text[error.start : error.end] == (part.name if type(part) is Target else str(part))
+        for target in rule.target.options if auto else (rule.target,):
+            error = target.error("")
+            assert text[error.start : error.end] == target.name
+            for name, _ in target.args:
+                error = target.error("", name)
+                assert text[error.start : error.end].startswith(name + "=")
+            if target.by:
+                error = target.error("", BY)
+                assert text[error.start : error.end] == target.by
 
 
 @settings(max_examples=400)

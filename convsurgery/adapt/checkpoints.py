@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,6 @@ __all__ = ["RunFolder", "Saver"]
 Saver = Callable[[nn.Module, Path], object]
 
 _METRICS, _STATE, _WEIGHTS = "metrics.csv", "training_state.pt", "model.safetensors"
-_CONFIG = "convsurgery.json"
 _FORMAT = 1
 
 
@@ -123,7 +121,7 @@ class RunFolder:
             raise StorageError(f"{last / _STATE} is not a training state: {error}") from error
         if not isinstance(state, dict) or state.get("format") != _FORMAT:
             raise StorageError(f"{last / _STATE} is not a training state of this version (format {_FORMAT})")
-        _finish_what_arrived(model, last)
+        _finish_what_arrived(model, state)
         try:
             load_model(model, last / _WEIGHTS)
         except (RuntimeError, SafetensorError, OSError) as error:
@@ -132,14 +130,9 @@ class RunFolder:
         return state
 
 
-def _finish_what_arrived(model: nn.Module, folder: Path) -> None:
+def _finish_what_arrived(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Blends that had arrived when the folder was written have left their convolutions behind."""
-    try:
-        plans = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["plans"]
-        arrived = {e["site"]["names"][0] for plan in plans for e in plan["entries"] if e["start"] == "blend(t=1)"}
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return  # written by a saver of the caller's own
     for module in blend_modules(model).values():
-        if module.site in arrived:
+        if "left" in state and module.site not in state["left"]:
             module.set_t(1.0)
     finish_blend(model)

@@ -272,7 +272,12 @@ def draw_trade_off(points: Sequence[Point], path: str | Path) -> None:
         axis.plot([100 * point.saving for point, _ in dots], [at for _, at in dots], "o", label="measured", gid="dots")
     for point, at in dots:
         place = (100 * point.saving, at)
-        axis.annotate(point.label, place, xytext=(5, 5), textcoords="offset points", fontsize=8, parse_math=False)
+        # Towards the middle, so that no label leaves the frame.
+        right = point.saving > (min(p.saving for p, _ in dots) + max(p.saving for p, _ in dots)) / 2
+        offset, side = ((-6, 5), "right") if right else ((5, 5), "left")
+        axis.annotate(
+            point.label, place, xytext=offset, textcoords="offset points", fontsize=8, ha=side, parse_math=False
+        )
     axis.set_xlabel("saved, %")
     axis.set_ylabel("images with the same top-1 class, %")
     axis.grid(True, alpha=0.25)

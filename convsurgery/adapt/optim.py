@@ -10,7 +10,7 @@ from torch import nn
 from convsurgery.adapt.config import FinetuneConfig
 from convsurgery.errors import SettingsError
 
-__all__ = ["make_optimizer", "make_scheduler"]
+__all__ = ["carry_over", "make_optimizer", "make_scheduler"]
 
 
 def make_optimizer(model: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
@@ -30,6 +30,29 @@ def make_optimizer(model: nn.Module, config: FinetuneConfig) -> torch.optim.Opti
     except (ValueError, TypeError, ImportError, AssertionError) as error:
         raise SettingsError(f"optimizer {config.opt!r} cannot be made with these settings: {error}") from error
     return optimizer
+
+
+#: steps that optimizers count in their groups
+_COUNTERS = ("step", "lookahead_step")
+
+
+def carry_over(before: torch.optim.Optimizer, after: torch.optim.Optimizer) -> None:
+    """Give an optimizer over fewer parameters what the one before knew of them.
+
+    That is more than the state of each parameter: lamb and lookahead count steps in their groups, and lookahead stands
+    around another.
+    """
+    pairs = [(before, after)]
+    inner = [getattr(each, "_base_optimizer", None) for each in (before, after)]
+    if all(isinstance(each, torch.optim.Optimizer) for each in inner):
+        pairs.append((inner[0], inner[1]))  # type: ignore[arg-type]
+    for old, new in pairs:
+        kept = {id(p) for group in new.param_groups for p in group["params"]}
+        new.state.update({p: state for p, state in old.state.items() if id(p) in kept})
+        for group in new.param_groups:
+            own = {id(p) for p in group["params"]}
+            like = next((each for each in old.param_groups if own & {id(p) for p in each["params"]}), {})
+            group.update({key: value for key, value in like.items() if key not in group or key in _COUNTERS})
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: FinetuneConfig, updates_per_epoch: int) -> Any:

@@ -20,13 +20,9 @@ _EVERY = 10
 
 
 class ScaleWatch:
-    """The root mean square of every replaced layer's output, against the first that was seen of it.
+    """The root mean square of every replaced layer's output, against the first that was seen of it."""
 
-    Args:
-        model: whose operators, alone or in a blend, are watched by hooks until :meth:`leave`.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         self.first: dict[str, float] = {}
         self.now: dict[str, Tensor] = {}
         self.last: dict[str, float] = {}
@@ -34,10 +30,9 @@ class ScaleWatch:
         self.kinds: dict[str, str] = {}
         self.armed = False
         self.handles: list[Any] = []
-        self.follow(model)
 
     def follow(self, model: nn.Module) -> None:
-        """Watch the layers that are there now."""
+        """Watch the operators that are there now, alone or in a blend, by hooks until :meth:`leave`."""
         self.leave()
         seen: set[int] = set()
         for name, module in model.named_modules():

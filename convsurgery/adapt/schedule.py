@@ -9,7 +9,7 @@ from torch import nn
 
 from convsurgery.adapt.config import FinetuneConfig
 from convsurgery.operators.kervolution import Kervolution2d
-from convsurgery.surgery import blend_modules, set_nonlinearity
+from convsurgery.surgery import blend_modules, nonlinearity, set_nonlinearity
 
 __all__ = ["StartSchedule"]
 
@@ -55,10 +55,10 @@ class StartSchedule:
                 module.set_t(max(t, float(module.t)))
         if self.eps and config.nonlinearity is not None:
             done = min(1.0, epochs / self.eps_epochs)
-            set_nonlinearity(
-                self.model,
-                {name: first ** (1 - done) * config.nonlinearity**done for name, first in self.eps.items()},
-            )
+            now, rising = nonlinearity(self.model), max if config.nonlinearity > max(self.eps.values()) else min
+            wanted = {name: first ** (1 - done) * config.nonlinearity**done for name, first in self.eps.items()}
+            # Where a run is made longer its half comes later; what has arrived is not taken back.
+            set_nonlinearity(self.model, {name: rising(value, now[name]) for name, value in wanted.items()})
 
     def _own(self, done: float, place: int) -> float:
         """How far a layer is when the run is ``done``: all together, or one after the other."""

@@ -18,7 +18,7 @@ from convsurgery.adapt.data import DataSplit
 from convsurgery.adapt.evaluation import EvalResult, count, eval_mode, summarise, unpack
 from convsurgery.adapt.guard import LossWatch, Snapshot, advice, first_nonfinite, nonfinite_gradients
 from convsurgery.adapt.losses import TaskLoss, check_labels, logits_of
-from convsurgery.adapt.optim import make_optimizer, make_scheduler
+from convsurgery.adapt.optim import carry_over, make_optimizer, make_scheduler
 from convsurgery.adapt.progress import Progress
 from convsurgery.adapt.results import EpochMetrics
 from convsurgery.adapt.scales import ScaleWatch
@@ -72,7 +72,7 @@ class Trainer:
         self.loss = TaskLoss(smoothing=config.smoothing, alpha=config.kd_alpha, temperature=config.kd_temperature)
         self.watch = LossWatch(config.divergence)
         self.starts = StartSchedule(model, config)
-        self.scales = ScaleWatch(model)
+        self.scales = ScaleWatch()
         owners = (split.train, getattr(split.train.batch_sampler, "sampler", None))
         found = (getattr(owner, "generator", None) for owner in owners)
         self.generators = [generator for generator in found if isinstance(generator, torch.Generator)]
@@ -88,10 +88,9 @@ class Trainer:
     def _prepare(self, before: torch.optim.Optimizer | None = None, update: int = 0) -> None:
         """Optimizer and schedule for the parameters there are; what an optimizer before knew of them is kept."""
         optimizer = make_optimizer(self.model, self.config)
-        if before is not None:
-            kept = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            optimizer.state.update({p: state for p, state in before.state.items() if id(p) in kept})
         self.scheduler = make_scheduler(optimizer, self.config, self.updates_per_epoch)
+        if before is not None:
+            carry_over(before, optimizer)
         if self.scheduler is not None and update:
             self.scheduler.step_update(update)
         self.module, self.optimizer = self.accelerator.prepare(_Scores(self.model), optimizer)
@@ -164,6 +163,7 @@ class Trainer:
             "scaler": None if scaler is None else scaler.state_dict(),
             "eps": dict(self.starts.eps),
             "blends": dict(self.starts.order),
+            "left": [module.site for module in blend_modules(self.model).values()],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -198,6 +198,7 @@ class Trainer:
 
     def run(self, folder: RunFolder | None, on_epoch: Callable[[EpochMetrics], object] | None) -> None:
         """Train what is left of the epochs; only the main process is given a folder."""
+        self.scales.follow(self.model)
         try:
             self._run(folder, on_epoch)
         finally:

@@ -33,6 +33,7 @@ MODELS = {
 SIZE, IMAGES = 32, 128
 KERNELS = ("kerv-poly", "kerv-sigmoid", "kerv-gauss", "kerv-l2")
 BLEND_EPOCHS = 5
+BUDGET = "params<=-80%, agreement>=0.98"
 
 
 @functools.cache
@@ -91,11 +92,15 @@ def least_squares() -> Iterator[str]:
     """The bare limit against least squares at the same ε, on the activations of the trained ResNet-18."""
     model, data = trained("resnet18")
     taken: dict[str, tuple[Tensor, Tensor]] = {}
-    handles = [
-        part.register_forward_hook(lambda m, a, y, name=name: taken.setdefault(name, (a[0].clone(), y.clone())))
-        for name, part in model.named_modules()
-        if isinstance(part, nn.Conv2d)
-    ]
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def look(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            taken[name] = args[0].clone(), out.clone()
+
+        return look
+
+    convolutions = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Conv2d)]
+    handles = [part.register_forward_hook(keep(name)) for name, part in convolutions]
     with torch.no_grad():
         model(images(data, 64))
     for handle in handles:
@@ -129,25 +134,19 @@ def fits() -> Iterator[str]:
     same, total, _ = kept(api.convert(model, f"{rule} by project"), model, data)
     yield f"linear-mix by project: {100 * same / total:.1f} % kept"
     before = api.evaluate(model, data.val or ()).top1
-    lost = {}
-    for start in ("fit", "random(0)"):
-        rule = f"conv[in=BasicBlock]->pnn by {start}"
-        new = api.convert(model, rule, calibration=images(data, 1024))
-        same, total, _ = kept(new, model, data)
-        result = api.finetune(new, data, teacher=model, epochs=1, lr=1e-3, warmup_epochs=0.2, progress=False)
-        assert result.last.val_top1 is not None
-        lost[start] = before - result.last.val_top1
-        yield (
-            f"pnn by {start}: {100 * same / total:.1f} % kept, top-1 {result.last.val_top1:.2f} after one epoch, "
-            f"{lost[start]:.2f} points lost"
-        )
-    done = api.calibrate(
-        api.apply(model, api.plan(model, "conv[in=BasicBlock]->pnn by fit")),
-        images(data, 1024),
-        teacher=model,
-        progress=False,
-    )
-    yield f"pnn by fit: relative error of a layer {min(done.values()):.2f} to {max(done.values()):.2f}"
+    for rule in ("conv[k=3, s=1, cin=cout]->pnn(level=0.5)", "conv[in=BasicBlock, k=3]->pnn"):
+        for start in ("fit", "random(0)"):
+            new = api.apply(model, api.plan(model, f"{rule} by {start}"))
+            if start == "fit":
+                done = api.calibrate(new, images(data, 1024), teacher=model, batchnorm=True, progress=False)
+                yield f"{rule} by fit: relative error of a layer {min(done.values()):.2f} to {max(done.values()):.2f}"
+            same, total, _ = kept(new, model, data)
+            result = api.finetune(new, data, teacher=model, epochs=1, lr=1e-4, warmup_epochs=0.2, progress=False)
+            assert result.last.val_top1 is not None
+            yield (
+                f"{rule} by {start}: {100 * same / total:.1f} % kept, top-1 {result.last.val_top1:.2f} after one "
+                f"epoch, {before - result.last.val_top1:.2f} points lost"
+            )
 
 
 def blend() -> Iterator[str]:
@@ -174,10 +173,11 @@ def scan() -> Iterator[str]:
             for batch in batches:
                 model(batch)
 
+    sites = sum(isinstance(part, nn.Conv2d) for part in model.modules())
     one = _seconds(forward)
     for operators in ("conv", "linear-mix(extend=true)"):
         taken = _seconds(lambda operators=operators: api.scan(model, operators, list(batches), latency=False))  # type: ignore[misc]
-        yield f"scan of 20 sites, {operators}: {taken / one:.1f} forward passes"
+        yield f"scan of {sites} sites, {operators}: {taken / one:.1f} forward passes"
 
 
 def _seconds(call: Callable[[], object], rounds: int = 3) -> float:
@@ -216,7 +216,7 @@ def memory() -> Iterator[str]:
 def auto(figure: Path | None = None) -> Iterator[str]:
     """Choosing under a budget, and the curve of saving against agreement."""
     model, data = trained("resnet18")
-    result = api.auto(model, "conv[k=3]->auto(linear-mix | pnn, params<=-80%, agreement>=0.98)", images(data, 1024))
+    result = api.auto(model, f"conv[k=3]->auto(linear-mix | pnn, {BUDGET})", images(data, 1024))
     yield from str(result).splitlines()
     same, total, _ = kept(result.model, model, data)
     yield f"on the test images: {100 * same / total:.1f} % kept"

@@ -45,6 +45,11 @@ class Blend(nn.Module):
             self.t.fill_(t)
         self._stage = 0 if t == 0 else 2 if t == 1 else 1
 
+    @property
+    def share(self) -> float:
+        """t as a number; on the meta device, which has no values, 0 or 1 where it is at an end and else 0.5."""
+        return (0.0, 0.5, 1.0)[self._stage] if self.t.is_meta else float(self.t)
+
     def forward(self, input: Tensor) -> Tensor:
         if self._stage == 1:
             old: Tensor = self.original(input)

@@ -18,7 +18,7 @@ __all__ = ["blend_modules", "blends", "finish_blend", "set_blend"]
 
 def blends(model: nn.Module) -> dict[str, float]:
     """The blends of ``model`` in execution order, by name, and how far each is: t from 0 to 1."""
-    return {name: float(module.t) for name, module in blend_modules(model).items()}
+    return {name: module.share for name, module in blend_modules(model).items()}
 
 
 def blend_modules(model: nn.Module) -> dict[str, Blend]:
@@ -54,7 +54,7 @@ def set_blend(model: nn.Module, t: float | Mapping[str, float]) -> dict[str, flo
             raise ConversionError(f"{name}: t must be from 0 to 1, not {value}")
     for name, value in wanted.items():
         found[name].set_t(float(value))
-    return {name: float(module.t) for name, module in found.items()}
+    return {name: module.share for name, module in found.items()}
 
 
 def finish_blend(model: nn.Module) -> nn.Module:
@@ -68,7 +68,7 @@ def finish_blend(model: nn.Module) -> nn.Module:
     """
     model = unwrap(model)
     names, done = aliases(model), record(model)
-    ready = [module for module in blend_modules(model).values() if float(module.t) == 1]
+    ready = [module for module in blend_modules(model).values() if module.share == 1]
     for module in ready:
         for alias in names[id(module)]:
             parent, _, child = alias.rpartition(".")

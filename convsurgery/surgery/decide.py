@@ -5,7 +5,7 @@ from __future__ import annotations
 from convsurgery.errors import ArgumentError, ConversionError, NoMatchError, RuleError, nearest
 from convsurgery.geometry import Block, Cost, Site
 from convsurgery.graph import Candidate, Observation, Template, find_blocks
-from convsurgery.operators import OperatorConfig, Start, bind, list_operators, operator
+from convsurgery.operators import Blend, OperatorConfig, Start, bind, list_operators, operator
 from convsurgery.rules import BY, AutoTarget, PatternSelector, Rule, Rules, Selector, Target, failed_tests
 from convsurgery.surgery.plan import Entry, Plan
 
@@ -80,7 +80,7 @@ class _Decision:
                 self._replace(site, config, rule, number)
 
     def _replace(self, site: Site, config: OperatorConfig, rule: Rule, number: int) -> None:
-        refusal = site.blocked or config.refuses(site)
+        refusal = site.blocked or _blended(site) or config.refuses(site)
         start = None
         if refusal is None:
             try:
@@ -198,6 +198,11 @@ def _pattern(selector: Selector | PatternSelector) -> str | Template:
         return selector.place
     code = selector.code
     return code if isinstance(code, Template) else Template(code)  # type: ignore[arg-type]
+
+
+def _blended(site: Site) -> str | None:
+    """A convolution that is on its way out cannot be replaced as well."""
+    return "it is in a blend: finish that first, or convert the original" if Blend.__name__ in site.owners else None
 
 
 def _single_target(rule: Rule) -> Target:

@@ -28,6 +28,7 @@ def fuse(model: nn.Module) -> nn.Module:
     the constants are folded and the BatchNorms stay.
     """
     fused = finish_blend(copy_model(model).eval())
+    done = record(fused) or Record(())
     modules = dict(fused.named_modules(remove_duplicate=False))
     graphs, _ = regions(fused, contextlib.nullcontext())
     after = dict(followers(graphs, modules))
@@ -45,7 +46,7 @@ def fuse(model: nn.Module) -> nn.Module:
         else:
             fused = new
     _hand_on(fused, graphs)
-    set_record(fused, dataclasses.replace(record(model) or Record(()), fused=True))
+    set_record(fused, dataclasses.replace(done, fused=True))
     return fused.eval()
 
 
