@@ -7,6 +7,9 @@ Each text says what was wrong, where, and what would work. The command line prin
 from __future__ import annotations
 
 import difflib
+import os
+import sys
+import warnings
 from collections.abc import Iterable
 
 __all__ = [
@@ -24,6 +27,7 @@ __all__ = [
     "StorageError",
     "TrainingError",
     "nearest",
+    "warn",
 ]
 
 
@@ -41,6 +45,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
         close = [word for word in close if score[word] > score[close[0]] - 0.1]
         return "did you mean " + " or ".join(repr(word) for word in close) + "?"
     return "known: " + ", ".join(words) if words else ""
+
+
+def warn(text: str) -> None:
+    """A UserWarning at the line outside of this package that led here."""
+    package, frame, level = os.path.dirname(__file__), sys._getframe(1), 2
+    while frame is not None and os.path.dirname(frame.f_code.co_filename).startswith(package):
+        frame, level = frame.f_back, level + 1  # type: ignore[assignment]
+    warnings.warn(text, UserWarning, stacklevel=level - 1)
 
 
 class ConvSurgeryError(Exception):

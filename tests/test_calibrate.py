@@ -226,7 +226,7 @@ def loaders(x: Tensor) -> dict[str, Any]:
     [
         "plain",
         "shuffled",
-        pytest.param("own generator", marks=pytest.mark.xfail(strict=True, reason="a sampler draws at its end")),
+        "own generator",
         "sampler",
     ],
 )
@@ -429,7 +429,6 @@ def test_images_that_are_none(make: Any, message: str) -> None:
     assert type(in_place.one) is nn.Conv2d
 
 
-@pytest.mark.xfail(strict=True, reason="found while these tests were written")
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -444,7 +443,6 @@ def test_batches_that_are_none(make: Any, message: str) -> None:
         cs.calibrate(to_fit(model), make(images(8)), teacher=model)
 
 
-@pytest.mark.xfail(strict=True, reason="found while these tests were written")
 @pytest.mark.parametrize(
     "options", [{"images": -1}, {"target": 0.0}, {"target": -1.0}, {"target": float("nan")}, {"steps": -1}]
 )
@@ -465,7 +463,6 @@ class Augmented(Dataset[Any]):
         return images(1, index)[0] + torch.rand(()), index
 
 
-@pytest.mark.xfail(strict=True, reason="what is drawn behind the first batch is drawn from the caller's state")
 @pytest.mark.parametrize("kind", ["augmented", "replacement"])
 def test_what_is_drawn_late_is_the_same_in_every_pass(kind: str) -> None:
     data = TensorDataset(images(80))
@@ -501,7 +498,6 @@ def test_images_that_do_not_fit_the_model(first: str, channels: int) -> None:
         cs.calibrate(new, pictures(4, channels, 12), teacher=model)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the convolution itself is run, outside of what is caught")
 def test_images_that_do_not_fit_a_first_layer_by_neutral() -> None:
     model = net()
     new = to_fit(model, "conv[name=one]->kerv-poly")
@@ -561,7 +557,6 @@ def test_teacher_must_be_the_model_before_conversion() -> None:
             cs.calibrate(new, x, teacher=other)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="only the names are compared")
 @pytest.mark.parametrize("operator", ["kerv-poly", "lbc by fit"])
 def test_teacher_of_another_width_is_another_model(operator: str) -> None:
     model = net()
@@ -786,7 +781,6 @@ def test_batch_norm_meets_the_mean_and_variance_it_is_used_to(norm: str) -> None
     assert (got.mean((0, 2, 3)) - wanted.mean((0, 2, 3))).abs().max() < 2e-3
 
 
-@pytest.mark.xfail(strict=True, reason="the mean is moved, but not scaled as the variance is")
 def test_batch_norm_is_matched_beside_other_images_too() -> None:
     """(mean − μ)/σ of the images at hand stays what it was, whatever they are."""
     model, x = net(), images(24) + 0.5

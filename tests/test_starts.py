@@ -272,10 +272,7 @@ def test_least_squares_are_never_worse_than_the_limit(kernel: str, kind: str, ep
     "kernel",
     [
         *(kernel for kernel in KERNELS if kernel != "kerv-gauss"),
-        pytest.param(
-            "kerv-gauss",
-            marks=pytest.mark.xfail(strict=True, raises=RuntimeError, reason="saturation() mixes float32 and weights"),
-        ),
+        "kerv-gauss",
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

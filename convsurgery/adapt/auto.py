@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from convsurgery.adapt.images import Images
 from convsurgery.adapt.losses import logits_of
 from convsurgery.adapt.scan import Scan, scan
 from convsurgery.adapt.timing import milliseconds
-from convsurgery.errors import ConversionError, DataError
+from convsurgery.errors import ConversionError, DataError, warn
 from convsurgery.graph import Observation
 from convsurgery.operators import Start
 from convsurgery.rules import AutoTarget, Rule, Rules, Wish, parse
@@ -157,7 +156,7 @@ def choose_and_convert(
     assert isinstance(target, AutoTarget)
     fit, held_out, count = split(images)
     if count < _FEW:
-        warnings.warn(f"only {count} held-out images: an agreement measured on them says little", stacklevel=3)
+        warn(f"only {count} held-out images: an agreement measured on them says little")
     taken = _taken_before(rules, rule, seen, label, params, start)
     timed = any(wish.metric == "latency" for wish in target.wishes)
     options = [str(option) for option in target.options]
@@ -257,7 +256,7 @@ def _done(
     if done is not None:
         set_record(new, dataclasses.replace(done, plans=(*done.plans[:-1], plan)))
     if missed:
-        warnings.warn("; ".join(notes[1:]), stacklevel=4)
+        warn("; ".join(notes[1:]))
     return AutoResult(new, plan, found, tuple(attempts), calibration, count)
 
 

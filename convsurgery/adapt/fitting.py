@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from convsurgery.adapt.evaluation import eval_mode
 from convsurgery.adapt.reconstruction import Reconstructed, reconstruct
-from convsurgery.errors import ConversionError, DataError
+from convsurgery.errors import ConversionError, DataError, SettingsError
 from convsurgery.operators import Blend, Fitter, OperatorLayer
 from convsurgery.operators.kervolution import AffineFit, NeutralFit, ScaleFit
 from convsurgery.operators.moments import Moments
@@ -82,6 +82,12 @@ class FitOptions:
     steps: int = 0
     lr: float = 1e-2
 
+    def __post_init__(self) -> None:
+        if self.target is not None and not 0 < self.target < float("inf"):
+            raise SettingsError(f"target must be a number above 0, such as 1e-3, not {self.target} (--target)")
+        if self.steps < 0:
+            raise SettingsError(f"steps must be at least 0, not {self.steps} (--steps)")
+
 
 def fit_layers(
     model: nn.Module,
@@ -115,11 +121,43 @@ def fit_layers(
     norms: dict[str, float] = {}
     with eval_mode(model, teacher):
         for name, fit in layers.items():
-            place = _Place(model, teacher, name, fit, images)
-            done.append(place.fit(options, norms))
+            kept = _state(model, name, fit, options)
+            try:
+                done.append(_Place(model, teacher, name, fit, images).fit(options, norms))
+            except BaseException:
+                _restore(kept)
+                raise
             if on_layer is not None:
                 on_layer(done[-1])
     return tuple(done), norms
+
+
+def _state(model: nn.Module, name: str, fit: Fit, options: FitOptions) -> list[tuple[nn.Module, Any, Any, Any]]:
+    """What a fit changes, to put it back: constants, weights where they are fitted, and the BatchNorm behind."""
+    weights = fit.method == "fit" or options.steps > 0
+    kept = []
+    for part in (model.get_submodule(name), *([model.get_submodule(fit.batchnorm)] if fit.batchnorm else [])):
+        for module in part.modules():
+            buffers = {key: None if b is None else b.clone() for key, b in module._buffers.items()}
+            values = {
+                key: p.detach().clone()
+                for key, p in module._parameters.items()
+                if p is not None and (weights or key.startswith("log_"))
+            }
+            kept.append((module, buffers, values, getattr(module, "eps", None)))
+    return kept
+
+
+@torch.no_grad()
+def _restore(kept: list[tuple[nn.Module, Any, Any, Any]]) -> None:
+    for module, buffers, values, eps in kept:
+        module._buffers.update(buffers)
+        for key, value in values.items():
+            parameter = module._parameters[key]
+            assert parameter is not None
+            parameter.copy_(value)
+        if isinstance(eps, float):
+            module.eps = eps  # type: ignore[assignment]
 
 
 class _Enough(Exception):
@@ -160,7 +198,7 @@ class _Place:
         while True:
             for given, target in self.pairs(local=fitter.local):
                 with torch.no_grad():
-                    output = self.layer(given)
+                    output = self._output(given, target)
                     prepared = given if fitter.local else self.layer.prepared(given)
                 if first:
                     before.add(output, target)
@@ -181,6 +219,18 @@ class _Place:
         # A gain that a BatchNorm makes up for is no error.
         was = before.error(before.gain() if isinstance(fitter, NeutralFit) and self.norm is not None else 1.0)
         return LayerFit(self.name, self.plan.operator, self.plan.method, was, error, note)
+
+    def _output(self, given: Tensor, target: Tensor) -> Tensor:
+        try:
+            output: Tensor = self.layer(given)
+        except RuntimeError as error:
+            raise _cannot_run(given, error) from error
+        if output.shape != target.shape:
+            shapes = " and ".join("x".join(map(str, t.shape[1:])) for t in (output, target))
+            raise ConversionError(
+                f"{self.name} and the teacher's give {shapes}: the teacher must be the model before conversion"
+            )
+        return output
 
     def pairs(self, *, local: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """The layer's input as it is now, and what it should give: parts of batches, small enough to work on.
@@ -211,7 +261,7 @@ class _Place:
         with torch.no_grad():
             self._run(self.model, images, [self.outer.register_forward_pre_hook(look)])
             if local:
-                wanted = [self.last(x) for x in seen]
+                wanted = [self._convolved(x, images) for x in seen]
             else:
                 self._run(self.teacher, images, self._watch(wanted, calls))
         if len(seen) != len(wanted):
@@ -219,6 +269,13 @@ class _Place:
                 f"{self.name} is called {len(seen)} times, its convolution in the teacher {len(wanted)} times"
             )
         return [(x, y.to(x.device)) for x, y in zip(seen, wanted, strict=True)]
+
+    def _convolved(self, given: Tensor, images: Tensor) -> Tensor:
+        try:
+            out: Tensor = self.last(given)
+        except RuntimeError as error:
+            raise _cannot_run(images, error) from error
+        return out
 
     def _watch(self, wanted: list[Tensor], calls: int) -> list[Any]:
         """Hooks that collect what the teacher gives, branch and input of a residual block added."""
@@ -243,7 +300,7 @@ class _Place:
         except _Enough:
             pass
         except (RuntimeError, AssertionError) as error:
-            raise DataError(f"the model cannot run images of shape {tuple(images.shape)}: {error}") from error
+            raise _cannot_run(images, error) from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -294,9 +351,14 @@ class _Place:
         assert isinstance(var, Tensor)
         assert isinstance(its_mean, Tensor)
         assert isinstance(its_var, Tensor)
-        mean.copy_(its_mean.double() + mean_x - mean_y)
         ratio = torch.where(var_y > 0, var_x / var_y.clamp_min(1e-30), 1.0)
+        # So that (mean − μ) / σ of these images stays what it was.
+        mean.copy_(mean_x - (mean_y - its_mean.double()) * ratio.sqrt())
         var.copy_(its_var.double() * ratio)
+
+
+def _cannot_run(images: Tensor, error: BaseException) -> DataError:
+    return DataError(f"the model cannot run images of shape {tuple(images.shape)}: {error}")
 
 
 def _norm(model: nn.Module, name: str | None) -> nn.Module | None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import warnings
+import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from convsurgery.adapt.data import DataSplit, InputSpec, image_transform, input_spec
 from convsurgery.adapt.evaluation import device_of
-from convsurgery.errors import DataError
+from convsurgery.errors import DataError, SettingsError, warn
 
 __all__ = ["Images", "calibration_images"]
 
@@ -42,13 +42,12 @@ class Images:
     def __iter__(self) -> Iterator[Tensor]:
         left = self.limit
         for batch in _same_order(self.source):
-            images = batch if isinstance(batch, Tensor) else batch[0] if isinstance(batch, (tuple, list)) else None
+            images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
             self._check(images)
-            assert isinstance(images, Tensor)
             if left is not None:
                 images = images[:left]
                 left -= len(images)
-            if len(images):
+            if images.numel():
                 yield images.to(self.device, self.dtype)
             if left == 0:
                 return
@@ -63,13 +62,13 @@ class Images:
                 f"images of {str(images.dtype).removeprefix('torch.')}: scale them to 0..1 and normalise them as in "
                 f"training{self._advice()}"
             )
-        if not len(images):
+        if not images.numel():
             return
         if not bool(images.isfinite().all()):
             raise DataError("an image holds NaN or infinity")
         if not self.warned and (odd := self._unnormalised(images)):
             self.warned = True
-            warnings.warn(odd, stacklevel=4)
+            warn(odd)
 
     def _advice(self) -> str:
         return "" if self.spec is None else f": mean {_short(self.spec.mean)}, std {_short(self.spec.std)}"
@@ -101,10 +100,13 @@ def calibration_images(data: Any, model: nn.Module, *, images: int | None = None
         batch_size: of a tensor or folder.
 
     Raises:
+        SettingsError: for a number of images below 1.
         DataError: for anything else, a generator (it ends after one pass), a folder without images; while iterating
             for batches of a wrong form, integer images, or values that are not finite. Warns when the images look
             un-normalised.
     """
+    if images is not None and (isinstance(images, bool) or not isinstance(images, int) or images < 1):
+        raise SettingsError(f"images must be a whole number of at least 1, not {images!r}")
     if isinstance(data, Images):
         return Images(data.source, images if images is not None else data.limit, model)
     if isinstance(data, Tensor):
@@ -121,21 +123,55 @@ def calibration_images(data: Any, model: nn.Module, *, images: int | None = None
 
 
 def _same_order(source: Iterable[Any]) -> Iterator[Any]:
-    """A loader that shuffles gives the same order in every pass; the caller's random state stays as it is."""
+    """What a loader draws, orders and augmentations, is the same in every pass, and the caller's random state stays."""
     if not isinstance(source, DataLoader):
-        return iter(source)
+        yield from source
+        return
     owners = (source, source.sampler, getattr(source.batch_sampler, "sampler", None))
     found = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
-    states = [(generator, generator.get_state()) for generator in found.values()]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for generator in found.values():
-            generator.manual_seed(0)
+    draws = _Draws(list(found.values()))
+    with draws:
         passes = iter(source)
-        first = next(passes, None)  # the order is drawn here
-    for generator, state in states:
-        generator.set_state(state)
-    return iter(()) if first is None else itertools.chain([first], passes)
+    while True:
+        with draws:
+            batch = next(passes, None)
+        if batch is None:
+            return
+        yield batch
+
+
+class _Draws:
+    """Random states of their own inside, whose course goes on with each entry; begins at a fixed one."""
+
+    def __init__(self, generators: list[torch.Generator]) -> None:
+        self.generators = generators
+        self.theirs = self._states()
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        for generator in generators:
+            generator.manual_seed(0)
+        self.own = self._states()
+        self._set(self.theirs)
+
+    def _states(self) -> tuple[Any, ...]:
+        drawn = [generator.get_state() for generator in self.generators]
+        return torch.get_rng_state(), random.getstate(), np.random.get_state(), drawn
+
+    def _set(self, states: tuple[Any, ...]) -> None:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+        for generator, state in zip(self.generators, states[3], strict=True):
+            generator.set_state(state)
+
+    def __enter__(self) -> None:
+        self.theirs = self._states()
+        self._set(self.own)
+
+    def __exit__(self, *_: object) -> None:
+        self.own = self._states()
+        self._set(self.theirs)
 
 
 class _Chunks:

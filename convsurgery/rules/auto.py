@@ -51,8 +51,11 @@ class Wish(Sourced):
             )
 
     def __str__(self) -> str:
-        percent = f"{self.value * 100:.10g}%"
-        return f"{self.metric}{self.op}{percent if self.metric != 'agreement' else f'{self.value:.10g}'}"
+        percent = f"{self.value * 100:.12g}%"
+        # As it is read again: 12.34 % is not 0.1234 to the last bit, so a number that is lost so is written out.
+        share = f"{self.value:.12g}" if float(f"{self.value:.12g}") == self.value else repr(self.value)
+        whole = self.metric == "agreement" or float(percent[:-1]) / 100 != self.value
+        return f"{self.metric}{self.op}{share if whole else percent}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +66,8 @@ class AutoTarget(Target):
     wishes: tuple[Wish, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.by:
+            raise self.located().error("auto starts as its operators do", "", "write by behind each of them")
         if not self.options:
             raise self.located().error("auto needs operators to choose from", "", "e.g. auto(linear-mix | pnn)")
         for option in self.options:

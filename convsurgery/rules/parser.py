@@ -29,6 +29,7 @@ from convsurgery.rules.values import (
     GLOB,
     NAME,
     REGEX,
+    START,
     ArgValue,
     Glob,
     KeyName,
@@ -45,7 +46,7 @@ _BLANK: Final = re.compile(r"\s*")
 _WORD: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPEN_TESTS: Final = re.compile(r"\[")
 _OPEN_ARGS: Final = re.compile(r"\(")
-_SHARE: Final = re.compile(r"[+-]?[0-9]{1,9}(?:\.[0-9]{1,9})?%?")
+_SHARE: Final = re.compile(r"[+-]?[0-9]{1,9}(?:\.[0-9]{1,18})?(?:[eE][+-]?[0-9]{1,3})?%?")
 _BY: Final = re.compile(r"by\b(?!-)")
 _SIGNS: Final = re.compile(r"[=!<>~]+")
 _SPACED_RANGE: Final = re.compile(r"[0-9]+\s*\.\.\s*[0-9]+(?![\w.])")
@@ -254,6 +255,8 @@ class _Parser:
         name = self.take(NAME)
         if name is None:
             raise self.expected("a start after 'by'", "e.g. by neutral(1e-3), by fit or by blend")
+        if not START.fullmatch(name.text):
+            raise self.error(f"{name.text!r} is no start", name, "e.g. by neutral(1e-3), by fit or by blend")
         opening = self.take(_OPEN_ARGS)
         if opening is None:
             parts[BY] = (name.start, self.last)

@@ -147,14 +147,12 @@ class GaussKervolution2d(Kervolution2d):
 
     def saturation(self, input: Tensor) -> str | None:
         left, right, top, bottom = self.geometry.padding
-        x = widened(F.pad(input, [left, right, top, bottom]))
+        x, w = widened(F.pad(input, [left, right, top, bottom])), widened(self.weight.detach())
         window = Window([*self.stride], [0, 0], [*self.dilation], self.groups)
-        scale = self.weight.new_ones(()).float() if self.scale is None else self.scale
-        squares = add_by_group(
-            inner(x, self.weight, window, scale * -2), None, window_squares(x, self.weight, window), True
-        )
+        scale = w.new_ones(()) if self.scale is None else self.scale
+        squares = add_by_group(inner(x, w, window, scale * -2), None, window_squares(x, w, window), False)
         if not self.centered:
-            squares = squares + per_channel(squared_norm(self.weight) * scale.square())
+            squares = squares + per_channel(squared_norm(w) * scale.square())
         gamma = self.hyper().detach()
         exponent = (squares * per_channel(gamma)).abs()
         share = float((exponent > _SATURATED).float().mean())
