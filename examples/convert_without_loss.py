@@ -49,10 +49,10 @@ def main() -> None:
     print(f"   on the test images: {kept(result.model, model, data)}")
 
     print("\n5. What can be had in no other way is blended in while training.")
-    new = cs.convert(model, "conv[name=layer1.*]->kerv-l1 by blend", calibration=images[:128])
+    new = cs.convert(model, "conv[name=layer1.0.*]->kerv-l1 by blend", calibration=images[:128])
     print(f"   at t = 0: {kept(new, model, data)}")
-    run = cs.finetune(new, data, teacher=model, epochs=3, lr=1e-3, blend_epochs=1, progress=False)
-    print(f"   after three epochs: top-1 {run.last.val_top1:.2f}, blends left: {len(cs.blends(new))}")
+    run = cs.finetune(new, data, teacher=model, epochs=2, lr=1e-3, blend_epochs=1, progress=False)
+    print(f"   after two epochs: top-1 {run.last.val_top1:.2f}, blends left: {len(cs.blends(new))}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from convsurgery.errors import (
     ModelError,
     NoMatchError,
     RuleError,
+    SettingsError,
     StorageError,
 )
 from convsurgery.geometry import Site
@@ -211,7 +212,7 @@ def test_it_is_what_convert_does_with_the_same_images(images: Tensor) -> None:
             p, q = (net(images).double().log_softmax(1) for net in (model, new))
         kl = float(F.kl_div(q, p, reduction="batchmean", log_target=True))
         assert row.kl == pytest.approx(kl, rel=1e-4, abs=1e-9), row
-        assert kl > 1e-5 or row.operator == "kerv-gauss"
+        assert kl > (1e-7 if row.operator == "kerv-l1" else 1e-5) or row.operator == "kerv-gauss"
 
 
 def test_only_what_comes_behind_is_computed_again() -> None:
@@ -332,7 +333,7 @@ def test_scores_that_are_not_finite(images: Tensor) -> None:
         ("conv", {"where": "conv[name=nowhere]"}, NoMatchError, "near misses"),
         ("conv", {"where": "conv["}, RuleError, "expected"),
         ("conv", {"resume": True}, ArgumentError, "output=folder"),
-        ("conv", {"images": 0}, DataError, "no images"),
+        ("conv", {"images": 0}, SettingsError, "images must be"),
     ],
 )
 def test_what_cannot_be_asked(
