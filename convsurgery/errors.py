@@ -48,11 +48,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def warn(text: str) -> None:
-    """A UserWarning at the line outside of this package that led here."""
-    package, frame, level = os.path.dirname(__file__), sys._getframe(1), 2
-    while frame is not None and os.path.dirname(frame.f_code.co_filename).startswith(package):
-        frame, level = frame.f_back, level + 1  # type: ignore[assignment]
-    warnings.warn(text, UserWarning, stacklevel=level - 1)
+    """A UserWarning at the line that called this package, whatever of it and of torch lies in between."""
+    inside = (os.path.dirname(__file__), os.sep + "torch" + os.sep, os.sep + "contextlib.py")
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and any(part in frame.f_code.co_filename for part in inside):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, UserWarning, stacklevel=level)
 
 
 class ConvSurgeryError(Exception):

@@ -41,7 +41,7 @@ ALLOWED = {
         "export",
     },
     "bench": {"errors", "geometry", "rules", "operators", "adapt", "api", "cli"},
-    "recipes": {"errors", "adapt", "api"},
+    "recipes": {"errors", "rules", "adapt", "api"},
     "coverage": {"errors", "zoo", "surgery", "api"},
     "cli": {
         "errors",

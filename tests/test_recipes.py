@@ -187,3 +187,24 @@ def test_there_are_recipes() -> None:
         "rd_resnet18_digits",
         "rdnet_cifar10",
     }
+
+
+AUTO = "conv[in=BasicBlock, k=3]->auto(pnn | linear-mix, params<=-10%)"
+
+
+def test_a_recipe_may_leave_the_choice_to_auto(written: Path) -> None:
+    changes = [f"convert.rule={AUTO}", "calibrate.images=160", "finetune=null", "export=null"]
+    stream = io.StringIO()
+    new = run_recipe(read_recipe(written, changes), console=Console(file=stream, width=80))
+    done = cs.record(new)
+    assert done is not None
+    assert 0 < len(done.edits) < 16
+    assert done.plans[-1].notes[-1].startswith("auto: ")
+    assert "calibrated on 160 images" in stream.getvalue()
+
+
+def test_auto_without_images_is_refused_before_anything_runs(written: Path) -> None:
+    recipe = read_recipe(written, [f"convert.rule={AUTO}", "calibrate=null"])
+    with pytest.raises(RecipeError, match="give the recipe a step calibrate"):
+        run_recipe(recipe)
+    assert not (written.parent / "run").exists()

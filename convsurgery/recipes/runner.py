@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from convsurgery import api
+from convsurgery.adapt.auto import auto_rule
 from convsurgery.adapt.calibration import Calibration
 from convsurgery.adapt.data import DataSplit, load_data
 from convsurgery.adapt.evaluation import EvalResult
 from convsurgery.adapt.fitting import LayerFit
 from convsurgery.errors import RecipeError
 from convsurgery.recipes.schema import ConvertStep, Recipe
+from convsurgery.rules import as_rules
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,7 +61,11 @@ class _Run:
         model = self._model()
         # Rules and data are read before anything takes time.
         if recipe.convert is not None:
-            api.plan(model, recipe.convert.rule, start=recipe.convert.start)
+            rules = as_rules(recipe.convert.rule)
+            if auto_rule(rules) is None:
+                api.plan(model, rules, start=recipe.convert.start)
+            elif recipe.calibrate is None:
+                raise RecipeError("auto(...) chooses by measurement: give the recipe a step calibrate, with images")
         data = self._data(model, augment=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         if recipe.pretrain is not None:

@@ -46,12 +46,15 @@ def _shape(site: Site) -> str:
 def _rows(plan: Plan) -> list[tuple[str, str, str, str, str, str]]:
     """Index, site, convolution, what it becomes, parameters, MACs; unmatched sites are left to the caption."""
     rows = []
+    several = _several_starts(plan)
     for entry in plan.entries:
         if entry.rule is None or (entry.block is not None and not entry.heads_block):
             continue
         site = entry.site
         # A space before the arguments gives the terminal a place to break the line.
         becomes = f"stays: {entry.reason}" if entry.config is None else str(entry.config).replace("(", " (")
+        if str(entry.config) in several:
+            becomes += f" by {entry.start}"
         if len(site.names) > 1:
             becomes += f" (also {', '.join(site.names[1:])})"
         rows.append(
@@ -65,6 +68,14 @@ def _rows(plan: Plan) -> list[tuple[str, str, str, str, str, str]]:
             )
         )
     return rows
+
+
+def _several_starts(plan: Plan) -> set[str]:
+    """Operators that begin in different ways at different sites; of the others the caption says how."""
+    starts: dict[str, set[str]] = {}
+    for entry in plan.edits:
+        starts.setdefault(str(entry.config), set()).add(str(entry.start))
+    return {operator for operator, found in starts.items() if len(found) > 1}
 
 
 def _where(entry: Entry) -> str:
