@@ -186,7 +186,7 @@ def test_body_that_does_not_parse_names_the_operator(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(KervPoly, "onnx", replace(KervPoly.onnx, body=lambda form: ["nonsense"]))
     new = cs.convert(cs.create_model("resnet10t", img_size=32), "first-conv->kerv-poly")
-    with pytest.raises(ExportError, match=r"the body of PolyKervolution2d \(d3_centered_gain_bias\) does not parse"):
+    with pytest.raises(ExportError, match=r"the body of PolyKervolution2d \(d3_centered_bias\) does not parse"):
         cs.export_onnx(new, tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
 

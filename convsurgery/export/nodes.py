@@ -128,9 +128,13 @@ def _proto(function: OnnxFunction, form: NodeForm, overload: str, model: onnx.Mo
     standard = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     attributes = [*function.attributes, *function.strings, *function.window.values()]
     lines = "\n".join(f"  {line}" for line in function.body(form))
+    names = list(_inputs(function))
+    # A node leaves out what is absent at its end; onnx's reference runtime wants as many inputs as the function has.
+    while names[-1] not in form:
+        names.pop()
     text = (
         f'<domain: "{DOMAIN}", opset_import: ["" : {standard}]>\n'
-        f"{function.op_type} <{', '.join(attributes)}> ({', '.join(_inputs(function))}) => (Y)\n{{\n{lines}\n}}"
+        f"{function.op_type} <{', '.join(attributes)}> ({', '.join(names)}) => (Y)\n{{\n{lines}\n}}"
     )
     try:
         proto = onnx.parser.parse_function(text)
