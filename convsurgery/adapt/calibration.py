@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from convsurgery.adapt.fitting import Fit, FitOptions, LayerFit, fit_layers
+from convsurgery.adapt.fitting import Fit, FitOptions, LayerFit, fit_layers, fit_method
 from convsurgery.adapt.progress import LayerProgress
 from convsurgery.geometry import Block
 from convsurgery.surgery import Entry, record
@@ -69,9 +69,7 @@ def fits_of(edits: Sequence[Entry]) -> dict[str, Fit]:
             continue
         if start.name == "blend":
             start = config.blended_start(site)
-        method = {"fit": "fit", "neutral": "neutral"}.get(start.name)
-        if start.name == "copy" and config.starts["copy"] == "none":
-            method = "affine"
+        method = fit_method(config, start)
         if method is None:
             continue
         ridge = start.value if start.name == "fit" else None

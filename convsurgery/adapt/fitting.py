@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from convsurgery.adapt.evaluation import eval_mode
 from convsurgery.adapt.reconstruction import Reconstructed, reconstruct
 from convsurgery.errors import ConversionError, DataError, SettingsError
-from convsurgery.operators import Blend, Fitter, OperatorLayer
+from convsurgery.operators import Blend, Fitter, OperatorConfig, OperatorLayer, Start
 from convsurgery.operators.kervolution import AffineFit, NeutralFit, ScaleFit
 from convsurgery.operators.moments import Moments
 from convsurgery.surgery.absorb import absorb, can_absorb
 
-__all__ = ["Fit", "LayerFit", "fit_layers"]
+__all__ = ["Fit", "LayerFit", "fit_layers", "fit_method"]
 
 #: values of a layer's input and output that a fit works on at a time: float64 and features multiply them
 _CHUNK = 1 << 21
@@ -158,6 +158,13 @@ def _restore(kept: list[tuple[nn.Module, Any, Any, Any]]) -> None:
             parameter.copy_(value)
         if isinstance(eps, float):
             module.eps = eps  # type: ignore[assignment]
+
+
+def fit_method(config: OperatorConfig, start: Start) -> str | None:
+    """How an operator that begins so is fitted: "neutral", "fit" or "affine"; None where nothing is left to data."""
+    if start.name == "copy" and config.starts["copy"] == "none":
+        return "affine"
+    return start.name if start.name in ("neutral", "fit") else None
 
 
 class _Enough(Exception):

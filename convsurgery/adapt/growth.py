@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from convsurgery.adapt.evaluation import eval_mode
-from convsurgery.adapters import adapter_for
 from convsurgery.surgery import Entry, Plan
+from convsurgery.surgery.apply import build_layer
 
 __all__ = ["growth_notes"]
 
@@ -28,7 +28,7 @@ def growth_notes(model: nn.Module, plan: Plan, images: Iterable[Tensor] | None =
     there are ``images`` (N, C, H, W), else on normal random inputs with the layer's own weights. Nothing is said of a
     model without weights.
     """
-    entries = [e for e in plan.edits if e.block is None and e.exactness == "none" and e.site.dtype != "meta"]
+    entries = [e for e in plan.edits if e.block is None and e.exactness == "none"]
     modules = dict(model.named_modules())
     entries = [e for e in entries if not _weightless(modules.get(e.site.name))]
     if not entries:
@@ -67,10 +67,7 @@ def _factor(conv: nn.Module, entry: Entry, given: Tensor | None) -> tuple[float 
     assert entry.config is not None
     assert entry.start is not None
     twin = copy.deepcopy(conv).eval()
-    adapter = adapter_for(twin)
-    source = twin if adapter is None else adapter.plain(twin)
-    made = entry.config.build(source, entry.start, absorb=False, site=entry.site).module
-    layer = (made if adapter is None else adapter.wrap(made, twin, source)).eval()
+    layer = build_layer(twin, entry.config, entry.start, entry.site).module.eval()
     if given is None:
         shape = entry.site.input_shape
         if shape is None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convsurgery.adapt.images import calibration_images
 from convsurgery.adapt.scan_report import FORMAT, Scan, ScanRow
 from convsurgery.adapt.scanning import Answers, build, measure, saved_ms, twin_of, walk
 from convsurgery.errors import (
@@ -85,8 +86,6 @@ def scan(
         found = scan(model, "linear-mix | pnn", loader, where="conv[k=3]", images=64)
         print(found)
     """
-    from convsurgery.adapt.images import calibration_images
-
     if unwrap(model) is not model:
         raise ModelError(f"{type(model).__name__} wraps the model: scan the model itself")
     if resume and output is None:
@@ -167,7 +166,7 @@ def _options(operators: Any, start: str | Start | None) -> tuple[_Option, ...]:
         raise RuleError("a scan needs operators", hint="e.g. linear-mix | kerv-poly(degree=2)")
     wanted, options = None if start is None else Start.parse(start), []
     for target in targets:
-        config, own = bind(target), getattr(target, "by", "")
+        config, own = bind(target), target.by
         if config.takes():
             hint = "write residual=false" if hasattr(config, "residual") else "name operators that replace one"
             raise ConversionError(f"{config} takes the place of several layers, a scan replaces convolutions: {hint}")

@@ -21,14 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
+from convsurgery.adapt.fitting import fit_method
 from convsurgery.adapt.losses import logits_of
-from convsurgery.adapters import adapter_for
 from convsurgery.errors import ConversionError, ModelError
 from convsurgery.geometry import Site
 from convsurgery.graph.copying import computed_attributes, copy_modules
 from convsurgery.graph.tracing import trace
 from convsurgery.operators import OperatorConfig, OperatorLayer, Start
 from convsurgery.operators.moments import Moments
+from convsurgery.surgery.absorb import can_absorb
+from convsurgery.surgery.apply import build_layer
 
 __all__ = ["Answers", "Damage", "New", "Stand", "Walk", "build", "measure", "saved_ms", "twin_of", "walk"]
 
@@ -257,24 +259,19 @@ def build(twin: nn.Module, site: Site, config: OperatorConfig, start: Start, sta
             raise ConversionError(f"its {name} holds NaN or infinity")
     # A layer reuses the Parameters it is built from, and a fit may write on them.
     conv = copy.deepcopy(stand.conv)
-    adapter = adapter_for(conv)
-    source = conv if adapter is None else adapter.plain(conv)
-    made = config.build(source, start, absorb=False, site=site).module
-    layer = (made if adapter is None else adapter.wrap(made, conv, source)).eval()
-    fits = start.name in ("fit", "neutral") or (start.name == "copy" and config.starts["copy"] == "none")
-    if not fits or not isinstance(layer, OperatorLayer):
+    layer = build_layer(conv, config, start, site).module.eval()
+    if fit_method(config, start) is None or not isinstance(layer, OperatorLayer):
         return New(layer, {stand.conv: layer})
     # What a neutral start leaves to a BatchNorm it can hold itself.
     norm = None if start.name == "neutral" else _norm(twin, site)
     fitter = layer.fitter(stand.conv, start.value if start.name == "fit" else None, shift=norm is not None)
     if fitter is None:
         return New(layer, {stand.conv: layer})
-    local = getattr(fitter, "local", False)
     while True:
         for x, y in itertools.chain.from_iterable(stand.calls):
             size = max(1, _FITTED // max(1, x[0].numel() + y[0].numel()))
             for given, wanted in zip(x.split(size), y.split(size), strict=True):
-                fitter.add(given if local else layer.prepared(given), layer(given), wanted)
+                fitter.add(given if fitter.local else layer.prepared(given), layer(given), wanted)
         if fitter.finish() is not None:
             break
     if norm is None or fitter.shift is None:
@@ -290,8 +287,7 @@ def _norm(twin: nn.Module, site: Site) -> Any:
     if site.geometry.bias or site.batchnorm is None:
         return None
     norm = twin.get_submodule(site.batchnorm)
-    mean = getattr(norm, "running_mean", None)
-    return norm if isinstance(mean, Tensor) and mean.dtype in (torch.float32, torch.float64) else None
+    return norm if can_absorb(norm) else None
 
 
 class Answers:

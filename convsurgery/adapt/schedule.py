@@ -31,7 +31,8 @@ class StartSchedule:
         self.blend_epochs = half if config.blend_epochs is None else config.blend_epochs
         self.eps_epochs = half if config.nonlinearity_epochs is None else config.nonlinearity_epochs
         # Those that are left when a run is resumed keep their places in the order.
-        self.order = {module.site: number for number, module in enumerate(blend_modules(model).values())}
+        self.follow()
+        self.order = {module.site: number for number, module in enumerate(self.blends)}
         self.eps: Mapping[str, float] = {}
         if config.nonlinearity is not None:
             self.eps = {
@@ -40,16 +41,20 @@ class StartSchedule:
                 if isinstance(module, Kervolution2d) and module.eps is not None
             }
 
+    def follow(self) -> None:
+        """Look for the blends that are there now; every step asks for them, and the model is large."""
+        self.blends = list(blend_modules(self.model).values()) if self.config.blend != "none" else []
+
     @property
     def active(self) -> bool:
-        return bool(self.eps) or (self.config.blend != "none" and bool(blend_modules(self.model)))
+        return bool(self.eps or self.blends)
 
     def at(self, epochs: float) -> None:
         """Bring everything to where it is ``epochs`` (a fraction too) after the beginning of the run."""
         config = self.config
-        if config.blend != "none":
+        if self.blends:
             done = min(1.0, epochs / self.blend_epochs)
-            for module in blend_modules(self.model).values():
+            for module in self.blends:
                 t = _curve(config.blend, self._own(done, self.order[module.site]))
                 # One that begins further on is not taken back.
                 module.set_t(max(t, float(module.t)))

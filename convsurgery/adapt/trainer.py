@@ -106,6 +106,7 @@ class Trainer:
         self.accelerator.free_memory()
         finish_blend(self.model)
         self._prepare(before, epoch * self.updates_per_epoch)
+        self.starts.follow()
         self.scales.follow(self.model)
         self.progress.note(f"{arrived} blended layers have arrived at their operators; the convolutions are gone")
 

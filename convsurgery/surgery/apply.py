@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,15 +13,15 @@ from torch import Tensor, nn
 
 from convsurgery.adapters import adapter_for
 from convsurgery.errors import ConversionError
-from convsurgery.geometry import ConvGeometry
+from convsurgery.geometry import ConvGeometry, Site
 from convsurgery.graph import aliases, copy_model
-from convsurgery.operators import Blend
+from convsurgery.operators import Blend, Built, OperatorConfig, Start
 from convsurgery.surgery.absorb import absorb, can_absorb
 from convsurgery.surgery.plan import Entry, Plan
 from convsurgery.surgery.record import add_to_record
 from convsurgery.surgery.rewrite import chain_edit, owner_edits, rewritten
 
-__all__ = ["apply", "apply_"]
+__all__ = ["apply", "apply_", "build_layer"]
 
 
 @dataclass(frozen=True)
@@ -130,14 +131,26 @@ def _replacement(entry: Entry, modules: dict[str, nn.Module], names: dict[int, t
     blended = start.name == "blend"
     # Beside its convolution an operator has weights of its own.
     model = copy.deepcopy(conv) if blended else conv
-    source = model if adapter is None else adapter.plain(model)
     begin = config.blended_start(site) if blended else start
-    built = config.build(source, begin, absorb=norm is not None and can_absorb(norm), site=site)
-    new = built.module if adapter is None else adapter.wrap(built.module, model, source)
+    built = build_layer(model, config, begin, site, absorb=norm is not None and can_absorb(norm))
+    new = built.module
     if blended and start.value != 1:
         new = Blend(conv, new, start.value or 0.0, site=site.name)
     absorbed = None if norm is None or built.residual is None else (norm, built.residual)
     return _Replacement(entry, names[id(conv)], new, absorbed)
+
+
+def build_layer(conv: nn.Conv2d, config: OperatorConfig, start: Start, site: Site, *, absorb: bool = False) -> Built:
+    """What ``config`` puts in the place of ``conv`` at ``site``, through its adapter where it is a subclass.
+
+    Arguments as for :meth:`OperatorConfig.build`; the Parameter objects of ``conv`` are reused.
+    """
+    adapter = adapter_for(conv)
+    if adapter is None:
+        return config.build(conv, start, absorb=absorb, site=site)
+    plain = adapter.plain(conv)
+    built = config.build(plain, start, absorb=absorb, site=site)
+    return dataclasses.replace(built, module=adapter.wrap(built.module, conv, plain))
 
 
 def _keep_whole(modules: Iterable[nn.Module]) -> None:
