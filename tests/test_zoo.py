@@ -19,7 +19,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from convsurgery.errors import ModelError
-from convsurgery.zoo import Base, create_model, identify, input_size, list_models, load_checkpoint
+from convsurgery.zoo import (
+    Base,
+    create_model,
+    identify,
+    input_size,
+    list_models,
+    load_checkpoint,
+    preprocessing,
+    set_preprocessing,
+)
 
 TINY = "mobilenetv3_small_050"
 
@@ -693,5 +702,8 @@ def test_local_hub_folder_is_rebuilt_without_it(tmp_path: Path) -> None:
     (tmp_path / "hub").rename(tmp_path / "moved")
     again = create_model(base.name, device="meta", **Base.from_json(json.loads(json.dumps(base.to_json()))).kwargs)
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    # How it wants its images comes back with a saved folder; where its weights came from does not.
+    set_preprocessing(again, json.loads(json.dumps(preprocessing(model))), "preprocessing")
     assert again.pretrained_cfg["mean"][0] == 0.125
+    assert "file" not in again.pretrained_cfg
     assert input_size(again) == input_size(model) == (1, 224, 224)

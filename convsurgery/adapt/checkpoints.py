@@ -7,14 +7,15 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import nn
 
 from convsurgery.errors import StorageError
-from convsurgery.surgery import blend_modules, finish_blend
+from convsurgery.files import member, output_folder, replace_folder, staging, writing
+from convsurgery.surgery import blend_modules, finish_blend, load_weights
+from convsurgery.surgery.storage import CONFIG, read_weights_of
 
 __all__ = ["RunFolder", "Saver"]
 
@@ -56,17 +57,18 @@ class RunFolder:
     def begin(self, rows: Sequence[Mapping[str, Any]], fresh: bool) -> None:
         """Make the folder and write ``metrics.csv`` with the rows known so far."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            output_folder(self.path)
             if fresh:
                 for name in ("best", "last"):
                     shutil.rmtree(self.path / name, ignore_errors=True)
             # A run killed between checkpoint and row leaves a row too few; the checkpoint's history knows them all.
-            beside = self.path / (_METRICS + ".new")
-            with beside.open("w", newline="", encoding="utf-8") as file:
+            with (
+                writing(self.path / _METRICS, named=False) as beside,
+                beside.open("w", newline="", encoding="utf-8") as file,
+            ):
                 writer = csv.writer(file)
                 writer.writerow(self.columns)
                 writer.writerows(self._cells(row) for row in rows)
-            beside.replace(self.path / _METRICS)
         except OSError as error:
             raise StorageError(f"cannot write to {self.path}: {error}") from error
 
@@ -86,18 +88,15 @@ class RunFolder:
         self._write("last", model, {"format": _FORMAT, **state})
 
     def _write(self, name: str, model: nn.Module, state: Mapping[str, Any] | None) -> None:
-        target, beside, old = (self.path / part for part in (name, f".{name}.new", f".{name}.old"))
+        target = self.path / name
         try:
-            shutil.rmtree(beside, ignore_errors=True)
-            self.saver(model, beside)
-            if state is not None:
-                torch.save(dict(state), beside / _STATE)
-            shutil.rmtree(old, ignore_errors=True)
-            if target.exists():
-                target.rename(old)
-            beside.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        except OSError as error:
+            with staging(self.path, name) as temporary:
+                beside = temporary / name
+                self.saver(model, beside)
+                if state is not None:
+                    torch.save(dict(state), beside / _STATE)
+                replace_folder(beside, target)
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
             raise StorageError(f"cannot write {target}: {error}") from error
 
     def read(self, model: nn.Module) -> dict[str, Any]:
@@ -107,24 +106,26 @@ class RunFolder:
             StorageError: nothing there, not written by fine-tuning, or weights of another model. Nothing is executed:
                 the state is read with ``weights_only=True``.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_model
-
-        # Only the old one is there when the run was killed between the two renamings.
+        # Only the old one is there where two folders cannot change places at once and the run was killed in between.
         tried = [self.path / "last", self.path / ".last.old"]
         last = next((part for part in tried if (part / _STATE).is_file()), None)
         if last is None:
             raise StorageError(f"nothing to resume in {self.path}: there is no last/{_STATE}")
         try:
-            state = torch.load(last / _STATE, map_location="cpu", weights_only=True)
-        except (RuntimeError, UnpicklingError, EOFError, OSError) as error:
+            state = torch.load(member(last, _STATE), map_location="cpu", weights_only=True)
+        except StorageError:
+            raise
+        except Exception as error:  # the unpickler of a damaged file raises almost anything
             raise StorageError(f"{last / _STATE} is not a training state: {error}") from error
         if not isinstance(state, dict) or state.get("format") != _FORMAT:
             raise StorageError(f"{last / _STATE} is not a training state of this version (format {_FORMAT})")
         _finish_what_arrived(model, state)
         try:
-            load_model(model, last / _WEIGHTS)
-        except (RuntimeError, SafetensorError, OSError) as error:
+            if (last / CONFIG).is_file():
+                load_weights(model, *read_weights_of(last))
+            else:  # a saver of the caller's own
+                load_weights(model, member(last, _WEIGHTS))
+        except StorageError as error:
             text = " ".join(str(error).split())
             raise StorageError(f"the weights in {last} are not this model's: {text}") from error
         return state

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convsurgery.errors import ArgumentError, ConvSurgeryError, RuleError, StorageError
+from convsurgery.files import output_folder, writing
 from convsurgery.rules import Glob, Regex, Selector, Test, Wish
 
 if TYPE_CHECKING:
@@ -282,14 +281,10 @@ def draw_trade_off(points: Sequence[Point], path: str | Path) -> None:
     axis.set_ylabel("images with the same top-1 class, %")
     axis.grid(True, alpha=0.25)
     axis.legend()
-    staged = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The same points give the same file.
-        with matplotlib.rc_context({"svg.hashsalt": "convsurgery"}):
+    output_folder(path.parent)
+    # The same points give the same file.
+    with writing(path) as staged, matplotlib.rc_context({"svg.hashsalt": "convsurgery"}):
+        try:
             figure.savefig(staged, format="svg", metadata={"Date": None})
-        os.replace(staged, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            staged.unlink()
-        raise StorageError(f"cannot write {path}: {error}") from error
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error}") from error

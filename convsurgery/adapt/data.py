@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from convsurgery import zoo
+from convsurgery.adapt.formats import ImagesOnly
 from convsurgery.errors import DataError, nearest
 
 __all__ = ["DataSplit", "InputSpec", "image_transform", "input_spec", "list_datasets", "load_data"]
@@ -376,6 +377,8 @@ def _folder(
         except RuntimeError as error:
             raise DataError(f"no images in {part}: {error}") from error
     known, seen = (made.reader.class_to_idx for made in sets)
+    for made in sets:
+        made.reader = ImagesOnly(made.reader)
     if "" in known:
         raise DataError(f"{parts[0]} has images outside class folders; put each into {parts[0].name}/<class>/")
     strange = sorted(set(seen) - set(known))
@@ -386,4 +389,5 @@ def _folder(
         sets[1] = create_dataset(
             "", str(parts[1]), search_split=False, class_map=known, transform=transforms[1], input_img_mode=mode
         )
+        sets[1].reader = ImagesOnly(sets[1].reader)
     return sets[0], sets[1], len(known)

@@ -21,7 +21,7 @@ from convsurgery.adapt.evaluation import device_of, eval_mode
 from convsurgery.adapt.progress import Progress, make_progress
 from convsurgery.adapt.results import EpochMetrics, FinetuneResult
 from convsurgery.adapt.trainer import Trainer
-from convsurgery.errors import ModelError, SettingsError
+from convsurgery.errors import ConvSurgeryError, ModelError, SettingsError, StorageError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -118,7 +118,7 @@ def finetune(
         stack.callback(reporter.close)
         trainer = Trainer(accelerator, model, teacher, split, settings_, reporter)
         if state is not None:
-            trainer.load_state(state)
+            _resume(trainer, state)
         # Nobody may look into the folder any more when the main process begins to write.
         accelerator.wait_for_everyone()
         done = trainer.epochs_done if state is not None else None
@@ -131,6 +131,19 @@ def finetune(
         )
         reporter.note(f"best epoch {result.best_epoch}" + (f", in {folder.path / 'best'}" if folder else ""))
     return result
+
+
+def _resume(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Put a state that was read from a file into the trainer."""
+    try:
+        trainer.load_state(state)
+    except ConvSurgeryError:
+        raise
+    except Exception as error:  # a damaged state lacks a key, or holds another kind of value somewhere
+        raise StorageError(
+            f"the training state in last/ is damaged ({type(error).__name__}: {error!s:.120}); the models in best/ and "
+            "last/ can be loaded, the run cannot be continued"
+        ) from error
 
 
 def _check_models(model: nn.Module, teacher: nn.Module | None) -> None:

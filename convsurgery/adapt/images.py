@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from convsurgery.adapt.data import DataSplit, InputSpec, image_transform, input_spec
 from convsurgery.adapt.evaluation import device_of
+from convsurgery.adapt.formats import FORMATS
 from convsurgery.errors import DataError, SettingsError, warn
 
 __all__ = ["Images", "calibration_images"]
@@ -203,9 +204,9 @@ class _Folder:
             batch = []
             for path in self.files[start : start + self.batch_size]:
                 try:
-                    with Image.open(path) as image:
+                    with Image.open(path, formats=FORMATS) as image:
                         batch.append(self.transform(image.convert(self.mode)))
-                except (UnidentifiedImageError, OSError) as error:
+                except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
                     raise DataError(f"{path} is not an image that can be read: {error}") from error
             yield torch.stack(batch)
 

@@ -27,9 +27,11 @@ from convsurgery.errors import (
     RuleError,
     StorageError,
 )
+from convsurgery.files import member, output_folder, read_text, write_text
 from convsurgery.geometry import Site
 from convsurgery.graph import Observation, observe
 from convsurgery.operators import OperatorConfig, Start, bind
+from convsurgery.plain import parse_json
 from convsurgery.rules import PredicateSelector, Rule, Rules, Selector, as_target, parse_selector, parse_target
 from convsurgery.surgery import Entry, make_plan, unwrap
 
@@ -301,7 +303,7 @@ class _Journal:
         self.path = Path(directory) / ROWS
         self.rows: list[dict[str, Any]] = []
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            output_folder(self.path.parent)
             found = self._found()
             if found and not resume:
                 raise StorageError(
@@ -311,9 +313,7 @@ class _Journal:
             if found:
                 self._compare(found[0], header)
                 self.rows = found[1:]
-            staged = self.path.with_name(f".{ROWS}.part")
-            staged.write_text("".join(map(_line, (dict(header), *self.rows))), encoding="utf-8")
-            os.replace(staged, self.path)
+            write_text(self.path, "".join(map(_line, (dict(header), *self.rows))), named=False)
         except OSError as error:
             raise StorageError(f"cannot write to {self.path}: {error}") from error
 
@@ -321,14 +321,11 @@ class _Journal:
         """What an earlier scan left: its header and rows; nothing where it finished no row."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")
+        lines = read_text(member(self.path.parent, ROWS)).split("\n")
         # Behind the last line break stands what was cut off.
         found = []
         for number, line in enumerate(lines[:-1], start=1):
-            try:
-                item = json.loads(line)
-            except ValueError:
-                item = None
+            item = parse_json(line, f"{self.path}, line {number}")
             if not isinstance(item, dict):
                 raise StorageError(f"{self.path}, line {number}: not what a scan writes; take another folder")
             found.append(item)

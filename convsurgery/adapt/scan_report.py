@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from convsurgery.errors import ConvSurgeryError, StorageError
+from convsurgery.files import member, output_folder, read_text, write_text
+from convsurgery.plain import parse_json
 
 __all__ = ["FORMAT", "Scan", "ScanRow", "draw"]
 
@@ -66,7 +68,7 @@ class ScanRow:
             row = cls(**{name: _read(name, data[name]) for name in COLUMNS})
         except KeyError as error:
             raise StorageError(f"a row of the scan has no {error}") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise StorageError(f"a row of the scan is not what convsurgery writes: {error}") from error
         if row.reason is None and None in (row.error, row.kl, row.agreement, row.params_saved, row.macs_saved):
             raise StorageError(f"the row of {row.operator} at {row.site!r} has neither numbers nor a reason")
@@ -130,10 +132,9 @@ class Scan:
         Raises:
             StorageError: for anything else, saying what is missing or of the wrong kind.
         """
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise StorageError(f"the scan is not JSON: {error}") from error
+        data = parse_json(text, "the scan")
+        if not isinstance(data, dict):
+            raise StorageError(f"the scan is not what convsurgery writes: {data!r:.80}")
         try:
             if data["format"] != FORMAT:
                 raise StorageError(f"the scan has format {data['format']!r}; this version reads {FORMAT}")
@@ -143,7 +144,7 @@ class Scan:
             return cls(str(data["model"]), rows, images, params, macs, took, str(data["seen"]))
         except KeyError as error:
             raise StorageError(f"the scan has no {error}") from error
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise StorageError(f"the scan is not what convsurgery writes: {error}") from error
 
     def to_csv(self) -> str:
@@ -164,12 +165,7 @@ class Scan:
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Scan:
         """The scan in a folder that :meth:`save` wrote; StorageError where there is none."""
-        path = Path(directory) / "scan.json"
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise StorageError(f"{path} cannot be read: {error}") from error
-        return cls.from_json(text)
+        return cls.from_json(read_text(member(Path(directory), "scan.json")))
 
     def __str__(self) -> str:
         return scan_text(self)
@@ -319,13 +315,7 @@ def write_all(scan: Scan, directory: str | os.PathLike[str]) -> Path:
         texts["scan.svg"] = draw(scan, "agreement" if lost else "kl")
     except ConvSurgeryError as error:
         warnings.warn(f"scan.svg is left out: {error}", stacklevel=3)
-    folder = Path(directory)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            staged = folder / f".{name}.part"
-            staged.write_text(text, encoding="utf-8")
-            os.replace(staged, folder / name)
-    except OSError as error:
-        raise StorageError(f"cannot save to {folder}: {error}") from error
+    folder = output_folder(directory)
+    for name, text in texts.items():
+        write_text(folder / name, text, named=False)
     return folder

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from convsurgery import api
 from convsurgery.bench.measure import medians
 from convsurgery.errors import ConvSurgeryError
+from convsurgery.files import writing
 from convsurgery.operators.diffusion import ReactionDiffusion2d, op
 from convsurgery.operators.diffusion.op import spectrum
 from convsurgery.operators.linear_mix import LinearMix2d
@@ -166,5 +167,6 @@ def draw_figure(path: Path, repeats: int) -> None:
     axes[0].set_ylabel("times faster than the dense convolution")
     axes[0].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    with writing(path) as staged:
+        figure.savefig(staged, format="svg", metadata={"Date": None})
     plt.close(figure)

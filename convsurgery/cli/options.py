@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="timm's name, torchvision/NAME, or a folder that convert wrote.")
+    str, typer.Argument(metavar="MODEL", help="timm's name, torchvision/NAME, or a folder that convert wrote: ./out.")
 ]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that convert or finetune wrote.")]
 RuleText = Annotated[
@@ -59,14 +60,17 @@ def open_model(
     """The model a command-line argument names: a saved folder, or a model to build."""
     import convsurgery as cs
     from convsurgery.errors import ModelError
-    from convsurgery.surgery.storage import CONFIG
+    from convsurgery.surgery import named_folder
 
-    if (Path(name) / CONFIG).is_file():
+    folder, note = named_folder(name)
+    if note:
+        typer.echo(note, err=True)
+    if folder is not None:
         if pretrained or checkpoint or num_classes or img_size:
             raise ModelError(
                 f"{name} is a saved model: --pretrained, --checkpoint, --num-classes, --img-size are settled"
             )
-        return cs.load(name)
+        return cs.load(folder)
     return cs.create_model(
         name,
         pretrained=pretrained,
@@ -84,6 +88,7 @@ def teacher_named(wanted: str | None, model: nn.Module) -> tuple[nn.Module | Non
     import convsurgery as cs
     from convsurgery import zoo
     from convsurgery.errors import ModelError
+    from convsurgery.files import is_folder_with
     from convsurgery.surgery.storage import CONFIG
 
     if wanted is None:
@@ -94,10 +99,10 @@ def teacher_named(wanted: str | None, model: nn.Module) -> tuple[nn.Module | Non
         return None, "no teacher: plain cross-entropy"
     if wanted == "start":
         return copy.deepcopy(model), "teacher: the model as it stands before training"
-    if (Path(wanted) / CONFIG).is_file():
+    if wanted != "pretrained" and is_folder_with(wanted, CONFIG):
         return cs.load(wanted), f"teacher: {wanted}"
     base = zoo.identify(model)
-    if wanted == "pretrained" or Path(wanted).is_file():
+    if wanted == "pretrained" or os.path.isfile(wanted):
         if base is None:
             raise ModelError("the folder does not name its base model: give the teacher as a folder")
         checkpoint = None if wanted == "pretrained" else Path(wanted)

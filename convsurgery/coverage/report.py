@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from convsurgery.coverage.row import Row
 from convsurgery.errors import StorageError
+from convsurgery.files import write_text
 
 __all__ = ["BEGIN", "END", "summary_text", "table_markdown", "write_table"]
 
@@ -159,12 +159,10 @@ def write_table(rows: Sequence[Row], page: Path) -> None:
     """
     try:
         text = page.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise StorageError(f"cannot read {page}: {error}") from error
     begin, end = text.find(BEGIN), text.find(END)
     if begin < 0 or end < begin:
         raise StorageError(f"{page} has no place for the table: a line {BEGIN} and, below it, a line {END}")
     made = f"{text[: begin + len(BEGIN)]}\n\n{table_markdown(rows)}\n\n{text[end:]}"
-    staged = page.with_name(f".{page.name}.part")
-    staged.write_text(made, encoding="utf-8")
-    os.replace(staged, page)
+    write_text(page, made)

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from convsurgery.errors import StorageError
+from convsurgery.files import read_text
+from convsurgery.plain import parse_json
 
 __all__ = ["CHECKS", "Row", "append_row", "read_rows", "versions"]
 
@@ -101,7 +103,7 @@ class Row:
     @classmethod
     def from_json(cls, line: str) -> Row:
         """The row of a line; ValueError, KeyError or TypeError for anything else."""
-        data: dict[str, Any] = json.loads(line)
+        data: dict[str, Any] = parse_json(line, "the row")
         data["checks"] = tuple(data["checks"])
         data["input"] = tuple(tuple(shape) for shape in data["input"])
         return cls(**data)
@@ -129,11 +131,11 @@ def read_rows(path: Path) -> list[Row]:
         StorageError: when another line is no row.
     """
     rows: dict[str, Row] = {}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = read_text(path).splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
             row = Row.from_json(line)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, StorageError) as error:
             if number == len(lines) and not line.endswith("\n"):
                 break
             raise StorageError(f"{path}, line {number}, is not a row of a coverage sweep: {error}") from error

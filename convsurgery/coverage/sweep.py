@@ -16,6 +16,7 @@ from typing import Any
 from convsurgery import zoo
 from convsurgery.coverage.row import CHECKS, Row, append_row, read_rows, versions
 from convsurgery.errors import ArgumentError, ModelError, nearest
+from convsurgery.files import output_file, output_folder, writing
 
 __all__ = ["choose", "sweep"]
 
@@ -76,6 +77,8 @@ def sweep(
         if check not in CHECKS:
             raise ArgumentError("checks", f"there is no check {check!r}", nearest(check, CHECKS))
     wanted = tuple(check for check in CHECKS if check in checks or check == CHECKS[0])
+    output_folder(output.parent)
+    output = output_file(output)
     if restart:
         output.unlink(missing_ok=True)
     known = {row.name: row for row in read_rows(output)} if output.exists() else {}
@@ -95,13 +98,11 @@ def sweep(
 def _drop_cut_line(output: Path) -> None:
     """An interrupted write leaves half a line, behind which nothing could be added."""
     if not output.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
         return
     data = output.read_bytes()
     if data and not data.endswith(b"\n"):
-        staged = output.with_name(f".{output.name}.part")
-        staged.write_bytes(data[: data.rfind(b"\n") + 1])
-        os.replace(staged, output)
+        with writing(output) as staged:
+            staged.write_bytes(data[: data.rfind(b"\n") + 1])
 
 
 @dataclass

@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from convsurgery import __version__, zoo
-from convsurgery.errors import ExportError
+from convsurgery.errors import ExportError, StorageError
 from convsurgery.export.diffusion import parse_diffusion, truncate
 from convsurgery.export.nodes import attach_functions, custom_nodes, translation_table
 from convsurgery.export.parity import BATCHES, NODES, TOLERANCE, Parity, check_parity
+from convsurgery.files import output_file, writing
 from convsurgery.operators.onnx import DOMAIN
 from convsurgery.surgery import Record, fuse, record, unwrap
 
@@ -80,10 +80,12 @@ def export_onnx(
     wanted = DEFAULT_OPSET if opset is None else opset
     if wanted not in OPSETS:
         raise ExportError(f"opset must be from {OPSETS.start} to {OPSETS.stop - 1}, not {wanted}")
-    if target.is_dir() or not os.access(target.parent if str(target.parent) else ".", os.W_OK):
-        raise ExportError(
-            f"cannot write {target}: {'it is a folder' if target.is_dir() else 'no such writable folder'}"
-        )
+    try:
+        # Before anything takes time.
+        if not os.access(output_file(target).parent, os.W_OK):
+            raise ExportError(f"cannot write {target}: no such writable folder")
+    except StorageError as error:
+        raise ExportError(str(error)) from error
     reduced = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32})
     if reduced:
         raise ExportError(
@@ -102,17 +104,18 @@ def export_onnx(
     proto = _translate(fused, inputs, wanted, dynamic_batch)
     _finish(proto, original, inline)
     onnx.helper.set_model_props(proto, {**_props(proto), DIFFUSION: json.dumps({"by": diffusion, "layers": windows})})
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".exporting-") as staging:
-        written = Path(staging) / target.name
-        try:
-            onnx.save(proto, str(written))
-        except (OSError, ValueError) as error:
-            raise ExportError(f"cannot write {target}: {error}") from error
-        parity = None
-        if verify:
-            batches = BATCHES if dynamic_batch else (int(inputs[0].shape[0]),)
-            parity = check_parity(written, original, inputs, batches, tolerance, data)
-        os.replace(written, target)
+    parity = None
+    try:
+        with writing(target) as written:
+            try:
+                onnx.save(proto, str(written))
+            except (OSError, ValueError) as error:
+                raise ExportError(f"cannot write {target}: {error}") from error
+            if verify:
+                batches = BATCHES if dynamic_batch else (int(inputs[0].shape[0]),)
+                parity = check_parity(written, original, inputs, batches, tolerance, data)
+    except StorageError as error:
+        raise ExportError(str(error)) from error
     return parity
 
 

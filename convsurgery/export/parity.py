@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,14 +15,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from convsurgery import zoo
-from convsurgery.errors import ExportError, ParityError
+from convsurgery.errors import ExportError, ParityError, StorageError
 from convsurgery.graph import copy_model
+from convsurgery.plain import parse_json
 from convsurgery.surgery import fuse, unwrap
 
 __all__ = ["BATCHES", "NODES", "TOLERANCE", "Parity", "check_parity", "verify_onnx"]
 
 BATCHES = (1, 2, 5)
 TOLERANCE = 1e-4
+#: images of a batch that a file may ask for
+_LARGEST_BATCH = 1024
 #: metadata key: value name in the graph → module of the PyTorch model, for every operator of ours
 NODES = "convsurgery.nodes"
 
@@ -94,9 +96,14 @@ def check_parity(
     data: Iterable[Any] | None = None,
 ) -> Parity:
     """As :func:`verify_onnx`, everything given."""
+    _check_file(path)
     session = _session(path)
+    if not session.get_inputs() or not session.get_outputs():
+        raise ExportError(f"{path.name} has no inputs or no outputs: it was not made from a model")
     fixed = session.get_inputs()[0].shape[0]
     if isinstance(fixed, int):
+        if not 1 <= fixed <= _LARGEST_BATCH:
+            raise ExportError(f"{path.name} wants batches of {fixed}: at most {_LARGEST_BATCH} are compared")
         batches = (fixed,)
     reference = copy_model(model).cpu().eval()
     tries = [_random_like(inputs, batch) for batch in batches]
@@ -130,6 +137,45 @@ def check_parity(
             f"{path.name} does not compute what the model computes: {parity}; allowed {tolerance:.1e}. {where}"
         )
     return parity
+
+
+def _check_file(path: Path) -> None:
+    """Refuse a file that reads other files: the weights of what we write are in it.
+
+    Raises:
+        ExportError: for what is no ONNX file, and for weights outside of it.
+    """
+    try:
+        if not path.is_file():
+            raise ExportError(f"there is no file {path}")
+        proto = onnx.load(str(path), load_external_data=False)
+    except ExportError:
+        raise
+    except Exception as error:  # the parser of a damaged file raises almost anything
+        raise ExportError(f"ONNX Runtime cannot load {path.name}: it is not an ONNX file: {error!s:.200}") from error
+    outside = _outside(proto)
+    if outside is not None:
+        raise ExportError(
+            f"{path.name} keeps weights in another file ({outside!r:.80}), and no file is opened because a file says "
+            "so. Put them inside: onnx.save(onnx.load(FILE), FILE, save_as_external_data=False)"
+        )
+
+
+def _outside(message: Any) -> str | None:
+    """The first other file that a tensor anywhere in a message, functions and subgraphs included, has its values in."""
+    if isinstance(message, onnx.TensorProto):
+        if message.data_location == onnx.TensorProto.EXTERNAL or message.external_data:
+            return next((entry.value for entry in message.external_data if entry.key == "location"), "")
+        return None
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        # Maps have keys of their own; ONNX has none of messages.
+        for item in value if not hasattr(value, "ListFields") else (value,):
+            found = _outside(item) if hasattr(item, "ListFields") else None
+            if found is not None:
+                return found
+    return None
 
 
 def _session(source: Path | bytes) -> Any:
@@ -181,10 +227,25 @@ def _run(session: Any, arrays: tuple[np.ndarray[Any, Any], ...], path: Path) -> 
     return outputs
 
 
+def _nodes(proto: onnx.ModelProto, path: Path) -> dict[str, str]:
+    """Value names of our operators and their modules, as the metadata say; only values that the graph has."""
+    text = {prop.key: prop.value for prop in proto.metadata_props}.get(NODES, "{}")
+    try:
+        held = parse_json(text, f"{path.name}, metadata {NODES}")
+    except StorageError as error:
+        raise ExportError(str(error)) from error
+    if not isinstance(held, dict) or not all(isinstance(module, str) for module in held.values()):
+        raise ExportError(f"{path.name}, metadata {NODES}: not what convsurgery writes")
+    made = {name for node in proto.graph.node for name in node.output}
+    if strange := sorted(set(held) - made):
+        raise ExportError(f"{path.name}, metadata {NODES}: the graph has no value {strange[0]!r:.80}")
+    return held
+
+
 def _first_difference(path: Path, model: nn.Module, arrays: tuple[np.ndarray[Any, Any], ...], tolerance: float) -> str:
     """A sentence on where file and model part: every operator of ours is compared, in order."""
-    proto = onnx.load(str(path))
-    nodes = json.loads({p.key: p.value for p in proto.metadata_props}.get(NODES, "{}"))
+    proto = onnx.load(str(path), load_external_data=False)
+    nodes = _nodes(proto, path)
     if not nodes:
         return "The file names no operators of convsurgery to compare."
     known = {value.name for value in proto.graph.output}

@@ -19,6 +19,7 @@ from convsurgery.adapt.fitting import LayerFit
 from convsurgery.errors import RecipeError
 from convsurgery.recipes.schema import ConvertStep, Recipe
 from convsurgery.rules import as_rules
+from convsurgery.surgery import named_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,6 +56,8 @@ class _Run:
 
     def run(self) -> nn.Module:
         recipe, began = self.recipe, time.perf_counter()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RecipeError(f"{self.folder} is no folder: name another output")
         if self.folder.exists() and any(self.folder.iterdir()) and not self.overwrite:
             raise RecipeError(f"{self.folder} holds an earlier run: name another output, or overwrite it (--overwrite)")
         torch.manual_seed(recipe.seed)
@@ -101,14 +104,23 @@ class _Run:
         )
         return new
 
+    def _note(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False)
+
     def _say(self, what: str) -> None:
         self.number += 1
         self.console.print(f"\n{self.number}. {what}", soft_wrap=True, markup=False)
 
     def _model(self) -> nn.Module:
         step = self.recipe.model
-        if (Path(step.name) / "convsurgery.json").is_file():
-            return api.load(step.name)
+        folder, note = named_folder(step.name)
+        if note:
+            self._note(note)
+        if folder is not None:
+            settled = (step.pretrained, step.checkpoint, step.num_classes, step.img_size, step.kwargs)
+            if any(settled):
+                raise RecipeError(f"{step.name} is a saved model: its weights, classes, size and arguments are settled")
+            return api.load(folder)
         return api.create_model(
             step.name,
             pretrained=step.pretrained,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from convsurgery.adapt.config import FinetuneConfig
-from convsurgery.errors import RecipeError, SettingsError, nearest
+from convsurgery.adapt.data import list_datasets
+from convsurgery.errors import ModelError, RecipeError, SettingsError, StorageError, nearest
+from convsurgery.files import read_text
+from convsurgery.surgery import named_folder
+from convsurgery.zoo import check_arguments, is_plain_name
 
 __all__ = [
     "CalibrateStep",
@@ -106,11 +111,20 @@ _STEPS: dict[str, type] = {
     "export": ExportStep,
 }
 _TEACHERS = ("original", "none")
+#: a recipe's bytes, values and depth
+_MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 1 << 20, 10_000, 16
+_DATE = "tag:yaml.org,2002:timestamp"
+#: kinds of values: words, numbers, truth values, nothing, lists, mappings; a date is taken as the word it is
+_TAGS = {_DATE, *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map"))}
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """Read a YAML file as a recipe.
+
+    The file may be a stranger's, so it cannot do what a command line can: its model is a plain name of timm's or
+    torchvision's with architecture arguments, or a folder; its paths lie in the working directory or beside the recipe.
+    ``changes`` are the user's own words and may name any path and any model.
 
     Args:
         path: of the file.
@@ -123,14 +137,15 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     import yaml
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        root = yaml.compose(text, yaml.SafeLoader)
-    except OSError as error:
-        raise RecipeError(f"cannot read {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        root = yaml.compose(read_text(Path(path), _MAX_BYTES), yaml.SafeLoader)
+    except StorageError as error:
+        raise RecipeError(f"cannot read {path}: {str(error).partition('cannot be read: ')[2] or error}") from error
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{path}{where}: no YAML: {getattr(error, 'problem', error)}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{path}: no recipe: nested too deep") from error
     reader = _Reader(str(path))
     data = {} if root is None else reader.plain(root, "")
     if not isinstance(data, dict):
@@ -146,31 +161,48 @@ class _Reader:
     def __init__(self, file: str) -> None:
         self.file = file
         self.places: dict[str, str] = {}
+        self.left = _MAX_VALUES
+        self.typed: set[str] = set()
 
     def error(self, path: str, message: str) -> RecipeError:
         while path and path not in self.places:
             path = path.rpartition(".")[0]
         return RecipeError(f"{self.places.get(path, self.file)}: {message}")
 
-    def plain(self, node: Any, path: str) -> Any:
-        """A YAML node as plain data; notes the line of every key."""
+    def plain(self, node: Any, path: str, depth: int = 0) -> Any:
+        """A YAML node as plain data; notes the line of every key.
+
+        Aliases are followed, but counted: eight lines of them can stand for a billion values.
+        """
         import yaml
 
+        place = f"{self.file}, line {node.start_mark.line + 1}"
+        self.left -= 1
+        if self.left < 0 or depth > _MAX_DEPTH:
+            raise RecipeError(f"{place}: more than {_MAX_VALUES} values, or nested too deep (aliases count each time)")
+        if node.tag not in _TAGS:
+            raise RecipeError(f"{place}: a recipe has no values of the kind {node.tag[:60]!r}")
         if isinstance(node, yaml.MappingNode):
             result: dict[str, Any] = {}
             for key_node, value_node in node.value:
-                key = str(key_node.value)
-                inner = f"{path}.{key}" if path else key
                 place = f"{self.file}, line {key_node.start_mark.line + 1}"
+                if not isinstance(key_node, yaml.ScalarNode):
+                    raise RecipeError(f"{place}: a key is a word")
+                key = key_node.value
+                inner = f"{path}.{key}" if path else key
                 if key in result:
                     raise RecipeError(f"{place}: {inner} is given twice")
                 self.places[inner] = place
-                result[key] = self.plain(value_node, inner)
+                result[key] = self.plain(value_node, inner, depth + 1)
             return result
         if isinstance(node, yaml.SequenceNode):
-            return [self.plain(item, path) for item in node.value]
-        loader = yaml.SafeLoader("")
-        value = loader.construct_object(node, deep=True)
+            return [self.plain(item, path, depth + 1) for item in node.value]
+        if node.tag == _DATE:
+            return node.value
+        try:
+            value = yaml.SafeLoader("").construct_object(node, deep=True)
+        except (yaml.YAMLError, ValueError, KeyError, OverflowError) as error:
+            raise RecipeError(f"{place}: {node.value[:40]!r} is no value of its kind") from error
         # YAML 1.1 takes 1e-3 for a word, as it has no point.
         plain = isinstance(value, str) and node.style is None
         return float(value) if plain and _NUMBER.fullmatch(value) else value
@@ -181,9 +213,10 @@ class _Reader:
         key, equals, text = change.partition("=")
         if not equals or not key:
             raise RecipeError(f"--set {change}: write KEY=VALUE, such as finetune.epochs=1")
+        self.typed.add(key)
         try:
             value = self.plain(yaml.compose(text or "''", yaml.SafeLoader), key)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise RecipeError(f"--set {change}: {text!r} is no YAML value") from error
         *outer, last = key.split(".")
         holder = data
@@ -216,11 +249,72 @@ class _Reader:
                     "finetune.teacher", f"teacher cannot be {teacher!r}; {nearest(str(teacher), _TEACHERS)}"
                 )
             values["finetune"] = FinetuneStep(self._settings(settings, seed, "finetune", "teacher"), teacher)
+        self._check_origin(values)
         if "calibrate" in values and "convert" not in values:
             raise self.error("calibrate", "calibrate fits what a conversion put in place: there is no convert")
         if values["data"].dataset is None and values["data"].dir is None:
             raise self.error("data", "data needs a dataset (digits, torch/cifar10, ...) or dir, a folder of images")
         return Recipe(**values)
+
+    def _is_typed(self, path: str) -> bool:
+        """Whether the user gave a value, or a mapping around it, on the command line."""
+        parts = path.split(".")
+        return any(".".join(parts[:count]) in self.typed for count in range(1, len(parts) + 1))
+
+    def _check_origin(self, values: Mapping[str, Any]) -> None:
+        """What a file may not say, and a user may."""
+        model, data, export = values["model"], values["data"], values.get("export")
+        name, plain = model.name, model.name.removeprefix("timm/")
+        if not self._is_typed("model.name") and not is_plain_name(plain):
+            if ":" in name:
+                raise self.error(
+                    "model.name",
+                    f"model.name: {name!r} leads to the network or to a folder; type it: --set model.name={name}",
+                )
+            if named_folder(name)[0] is not None:
+                self._inside(name, "model.name")
+            elif "/" in name and not name.startswith("torchvision/"):
+                raise self.error(
+                    "model.name", f"model.name: {name!r} is no model's name, and no folder with a saved model"
+                )
+        kwargs = model.kwargs or {}
+        theirs = {key: value for key, value in kwargs.items() if not self._is_typed(f"model.kwargs.{key}")}
+        if theirs and is_plain_name(plain):
+            try:
+                check_arguments(plain, theirs, "model.kwargs")
+            except ModelError as error:
+                raise self.error("model.kwargs", str(error)) from error
+        elif theirs:
+            raise self.error(
+                "model.kwargs", "model.kwargs go with a model's plain name: type them, --set model.kwargs..."
+            )
+        for path, value in (
+            ("model.checkpoint", model.checkpoint),
+            ("data.dir", data.dir),
+            ("data.dataset", data.dataset if data.dataset not in list_datasets() else None),
+            ("output", values["output"]),
+        ):
+            if value is not None:
+                self._inside(value, path)
+        if export is not None and (Path(export.file).name != export.file or export.file.startswith(".")):
+            raise self.error("export.file", f"export.file is a name in the output folder, not {export.file!r}")
+
+    def _inside(self, value: str, path: str) -> None:
+        """Refuse a path of the file's that leads out of the working directory and out of the recipe's folder."""
+        if self._is_typed(path):
+            return
+        try:
+            real = Path(os.path.realpath(Path(value).expanduser()))
+            homes = (os.path.realpath("."), os.path.realpath(Path(self.file).parent))
+            inside = any(real.is_relative_to(home) for home in homes)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self.error(path, f"{path}: {value[:80]!r} is no path: {error}") from error
+        if not inside:
+            raise self.error(
+                path,
+                f"{path}: {value} leads out of this directory and of the recipe's, and a file does not decide that; "
+                f"type it: --set {path}={value}",
+            )
 
     def _mapping(self, value: Any, path: str) -> Mapping[str, Any]:
         if not isinstance(value, dict):

@@ -7,7 +7,7 @@ from convsurgery.surgery.dial import nonlinearity, set_nonlinearity
 from convsurgery.surgery.fuse import fuse
 from convsurgery.surgery.plan import Entry, Plan
 from convsurgery.surgery.record import Record, record, unwrap
-from convsurgery.surgery.storage import load, load_weights, save
+from convsurgery.surgery.storage import load, load_weights, named_folder, save
 
 __all__ = [
     "Entry",
@@ -22,6 +22,7 @@ __all__ = [
     "load",
     "load_weights",
     "make_plan",
+    "named_folder",
     "nonlinearity",
     "record",
     "save",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from convsurgery.errors import RuleError, StorageError
-from convsurgery.geometry import Block, ConvGeometry, Cost, Site
+from convsurgery.geometry import Block, Cost, Site
 from convsurgery.operators import OperatorConfig, Start, bind
+from convsurgery.plain import from_plain, parse_json
 from convsurgery.rules import parse_target
 
 __all__ = ["FORMAT", "Entry", "Plan"]
@@ -153,28 +155,23 @@ class Plan:
         Raises:
             StorageError: for anything else, saying what is missing or of the wrong kind.
         """
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise StorageError(f"the plan is not JSON: {error}") from error
-        return cls.from_dict(data)
+        return cls.from_dict(parse_json(text, "the plan"))
 
     @classmethod
     def from_dict(cls, data: Any) -> Plan:
         """Read a plan from what :meth:`to_dict` gives; errors as :meth:`from_json`."""
-        try:
-            if data["format"] != FORMAT:
-                raise StorageError(f"the plan has format {data['format']!r}; this version reads {FORMAT}")
-            entries = tuple(_entry(item) for item in data["entries"])
-            shapes = tuple(tuple(int(n) for n in shape) for shape in data["input_shapes"])
-            total, notes = int(data["total_params"]), tuple(map(str, data.get("notes", ())))
-            return cls(data["model"], data["rule"], data["seen"], shapes, entries, total, notes)
-        except KeyError as error:
-            raise StorageError(f"the plan has no {error}") from error
-        except (TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, RuleError):
-                raise
-            raise StorageError(f"the plan is not what convsurgery writes: {error}") from error
+        if not isinstance(data, Mapping):
+            raise StorageError(f"the plan is not what convsurgery writes: {data!r:.80}")
+        if "format" not in data:
+            raise StorageError("the plan has no 'format'")
+        if data["format"] != FORMAT:
+            raise StorageError(f"the plan has format {data['format']!r:.80}; this version reads {FORMAT}")
+        items = data.get("entries")
+        if not isinstance(items, list):
+            raise StorageError("the plan is not what convsurgery writes: it has no list of 'entries'")
+        entries = tuple(_entry(item, f"entry {number} of the plan") for number, item in enumerate(items))
+        rest = {key: value for key, value in data.items() if key not in ("format", "entries")}
+        return dataclasses.replace(from_plain(cls, {**rest, "entries": []}, "the plan"), entries=entries)
 
     def __str__(self) -> str:
         from convsurgery.surgery.table import plan_text
@@ -187,20 +184,36 @@ class Plan:
         return plan_html(self)
 
 
-def _entry(item: dict[str, Any]) -> Entry:
-    site_fields: dict[str, Any] = _tuples(item["site"])
-    geometry_fields: dict[str, Any] = _tuples(site_fields.pop("geometry"))
-    site = Site(geometry=ConvGeometry(**geometry_fields), **site_fields)
-    config = None if item["operator"] is None else bind(parse_target(item["operator"]))
-    start = None if item["start"] is None else Start.parse(item["start"])
-    block_fields: Any = item.get("block")
-    block = None if block_fields is None else Block(**_tuples(block_fields))
-    after, absorb = Cost(**item["after"]), bool(item["absorb"])
-    return Entry(site, config, start, item["reason"], item["rule"], after, absorb, block)
+@dataclass(frozen=True)
+class _Written:
+    """An entry as it is written: operators and starts as texts."""
+
+    site: Site
+    operator: str | None
+    start: str | None
+    reason: str | None
+    rule: int | None
+    after: Cost
+    absorb: bool
+    block: Block | None = None
 
 
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+def _entry(item: Any, where: str) -> Entry:
+    read = from_plain(_Written, item, where)
+    if not read.site.names:
+        raise StorageError(f"{where}.site has no names")
+    if (read.operator is None) != (read.start is None):
+        raise StorageError(f"{where} has an operator without a start, or a start without an operator")
+    if read.block is not None and not (read.block.sites and read.block.members):
+        raise StorageError(f"{where}.block has no sites or no members")
+    try:
+        config = None if read.operator is None else bind(parse_target(read.operator))
+        start = None if read.start is None else Start.parse(read.start)
+    except RuleError as error:
+        raise StorageError(f"{where}: {error}") from error
+    if config is not None and start is not None and start.name not in config.starts:
+        raise StorageError(f"{where}: {config} has no start {start.name!r}")
+    return Entry(read.site, config, start, read.reason, read.rule, read.after, read.absorb, read.block)
 
 
 def _total(costs: Any) -> Cost:

@@ -1,32 +1,55 @@
-"""A converted model as a folder: ``model.safetensors`` and ``convsurgery.json``. Nothing in it is ever executed."""
+"""A converted model as a folder: ``model.safetensors`` and ``convsurgery.json``.
+
+Nothing in a folder is executed, fetched, or used as a path. What is read is held against what :func:`save` writes.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
-import tempfile
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from convsurgery import models as models  # its networks may be what is loaded
 from convsurgery import zoo
-from convsurgery.errors import ConvSurgeryError, ModelError, StorageError
-from convsurgery.graph import aliases, copy_model
+from convsurgery.errors import ConvSurgeryError, ModelError, StorageError, warn
+from convsurgery.files import is_folder_with, locked, member, read_json, staging, with_usual_mode
+from convsurgery.graph import copy_model
 from convsurgery.surgery.apply import apply_
 from convsurgery.surgery.fuse import fuse
 from convsurgery.surgery.plan import Plan
 from convsurgery.surgery.record import Record, record, set_record, unwrap
+from convsurgery.surgery.weights import describe, digest, header, load_weights
 
-__all__ = ["CONFIG", "FORMAT", "WEIGHTS", "load", "load_weights", "save"]
+__all__ = ["CONFIG", "FORMAT", "WEIGHTS", "load", "load_weights", "named_folder", "read_weights_of", "save"]
 
 FORMAT = 1
 CONFIG = "convsurgery.json"
 WEIGHTS = "model.safetensors"
+
+
+def named_folder(text: str) -> tuple[Path | None, str]:
+    """The saved folder that a text typed by the user names, if it names one, and what to say about it.
+
+    A path (``./resnet18``, ``../out``, ``/models/out``) is a folder. A bare word is a model where timm or torchvision
+    knows it, whatever lies in the working directory; otherwise a folder, where one of that name holds our JSON.
+
+    Returns:
+        The folder or None, and a sentence for the user, or "".
+    """
+    if text in (".", "..") or text.startswith(("./", "../", "/", "~", ".\\", "..\\")) or text.endswith("/"):
+        return Path(text).expanduser(), ""
+    if not is_folder_with(text, CONFIG):
+        return None, ""
+    if ":" in text.partition("/")[0] or zoo.is_plain_name(text.removeprefix("timm/")):
+        return None, f"{text} is the library's model; the folder of that name is ./{text}"
+    return Path(text), f"{text} is taken as the saved model in ./{text}"
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str], *, base: str | zoo.Base | None = None) -> Path:
@@ -34,7 +57,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, base: str | zoo
 
     Args:
         model: converted or not; also wrapped by DistributedDataParallel or ``torch.compile``.
-        directory: made when absent; files of an earlier save are replaced once the new ones are complete.
+        directory: made when absent. An earlier save in it is replaced as a whole: a process that is killed at any
+            moment leaves the old model or the new one. Other files stay.
         base: the timm or torchvision model it was built from. Found out by itself for models built by name, by
             ``timm.create_model`` or by a torchvision builder. A model of the user's own class has none: ``load`` then
             asks for one.
@@ -43,12 +67,12 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, base: str | zoo
         The folder's path.
 
     Raises:
-        StorageError: when the folder cannot be written.
+        StorageError: when the folder cannot be written, or a weight is NaN.
     """
     model = unwrap(model)
     done = record(model) or Record(())
-    known = zoo.Base(base) if isinstance(base, str) else base or zoo.identify(model, ignore=_changed(model, done))
-    config = {
+    known = zoo.Base(base) if isinstance(base, str) else base or zoo.identify(model, ignore=_changed(done))
+    config: dict[str, Any] = {
         "format": FORMAT,
         "base": None if known is None else known.to_json(),
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
@@ -57,22 +81,34 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, base: str | zoo
         "fused": done.fused,
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "input_size": list(zoo.input_size(model)),
+        "preprocessing": zoo.preprocessing(model),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "torchvision")},
     }
     folder = Path(directory)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
-            _write_weights(model, Path(staging) / WEIGHTS)
-            (Path(staging) / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
-            for name in (WEIGHTS, CONFIG):
-                os.replace(Path(staging) / name, folder / name)
-    except OSError as error:
+        new = not folder.exists()
+        parent = folder.parent if new else folder
+        parent.mkdir(parents=True, exist_ok=True)
+        # Beside the folder that is to come, for it gets its name as a whole; inside the one that is there.
+        with staging(parent, folder.name if new else "model") as temporary:
+            whole = temporary / "whole"
+            whole.mkdir()
+            _write_weights(model, whole / WEIGHTS)
+            with_usual_mode(whole / WEIGHTS)
+            config["weights"] = describe(model, whole / WEIGHTS)
+            (whole / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
+            if new:
+                os.rename(whole, folder)
+            else:
+                _commit(whole, folder, config["weights"]["sha256"])
+    except StorageError:
+        raise
+    except Exception as error:  # a full disk surfaces as whatever the writer of weights makes of it
         raise StorageError(f"cannot save to {folder}: {error}") from error
     return folder
 
 
-def _changed(model: nn.Module, done: Record) -> set[str]:
+def _changed(done: Record) -> set[str]:
     """Names of modules that differ from the base's: replaced, rescaled or folded away."""
     changed = {name for entry in done.edits for name in entry.site.names} | set(done.norms)
     for block in (entry.block for entry in done.edits if entry.block is not None):
@@ -88,8 +124,34 @@ def _write_weights(model: nn.Module, path: Path) -> None:
     save_model(model, str(path), metadata={"format": "pt"})
 
 
+def _commit(whole: Path, folder: Path, sha256: str) -> None:
+    """Let the two files take the place of earlier ones, so that ``load`` finds a pair at any moment.
+
+    Two names cannot change in one step. So the new weights come first under a name that says their digest; the moment
+    at which ``convsurgery.json`` names that digest is the moment of the change; then they get their usual name.
+    """
+    for name in (CONFIG, WEIGHTS):
+        path = folder / name
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise StorageError(f"cannot save to {folder}: {name} there is no regular file of its own")
+    with locked(folder):
+        pending = folder / _pending(sha256)
+        os.replace(whole / WEIGHTS, pending)
+        os.replace(whole / CONFIG, folder / CONFIG)
+        os.replace(pending, folder / WEIGHTS)
+        for left in folder.glob(f".{WEIGHTS}.*"):
+            left.unlink()
+
+
+def _pending(sha256: str) -> str:
+    return f".{WEIGHTS}.{sha256[:16]}"
+
+
 def load(directory: str | os.PathLike[str], *, base: nn.Module | None = None) -> nn.Module:
     """The model a folder holds, in eval mode, on the CPU.
+
+    The folder may be a stranger's. Its base is a plain name of timm's or torchvision's and architecture arguments,
+    built without weights; weights come from ``model.safetensors`` alone, which has to be the file that was saved.
 
     Args:
         directory: what :func:`save` wrote.
@@ -97,29 +159,31 @@ def load(directory: str | os.PathLike[str], *, base: nn.Module | None = None) ->
 
     Raises:
         StorageError: for a folder that is missing, incomplete, corrupt or written by something else; nothing in it is
-            executed.
+            executed, fetched, or used as a path. A folder of a version that kept no digest is read with a warning.
     """
     folder = Path(directory)
     config = _read_config(folder)
-    model: nn.Module = _base(folder, config, base)
     try:
-        for item in config["plans"]:
-            model = apply_(model, Plan.from_dict(item))
+        plans = tuple(map(Plan.from_dict, config["plans"]))
     except StorageError as error:
         raise StorageError(f"{folder / CONFIG}: {error}") from error
-    except ConvSurgeryError as error:
-        raise StorageError(f"{folder / CONFIG} does not fit its base model: {error}") from error
-    modules = dict(model.named_modules())
-    for name, eps in config["norms"].items():
-        if name not in modules:
-            raise StorageError(f"{folder / CONFIG}: the base model has no module {name!r}")
-        modules[name].eps = float(eps)
-    if config["fused"]:
-        model = fuse(model)
-    done = record(model) or Record(())
-    set_record(model, Record(done.plans, dict(config["norms"]), bool(config["fused"])))
-    load_weights(model, folder / WEIGHTS)
-    frozen = set(config["frozen"])
+    weights = _weights(folder, config)
+    held = header(weights)
+    with _budget(held):
+        model: nn.Module = _base(folder, config, base, held, plans)
+        model = _converted(folder, config, model, plans)
+    load_weights(model, weights, config.get("weights"))
+    wanted = (config.get("weights") or {}).get("sha256")
+    if wanted is None:
+        warn(f"{folder} was written before a digest of weights was kept: they are not known to be those of its plan")
+    elif digest(weights) != wanted:
+        raise StorageError(
+            f"{weights} is not the file that was saved: its SHA-256 is not the one {CONFIG} says. It was damaged or "
+            "exchanged; nothing was loaded"
+        )
+    frozen, names = set(config["frozen"]), {name for name, _ in model.named_parameters()}
+    if strange := sorted(frozen - names):
+        raise StorageError(f"{folder / CONFIG}: 'frozen' names {strange[0]!r:.80}, which is no parameter of the model")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen and parameter.is_floating_point())
     channels, height, width = config["input_size"]
@@ -127,25 +191,81 @@ def load(directory: str | os.PathLike[str], *, base: nn.Module | None = None) ->
     return model.eval()
 
 
+def _converted(folder: Path, config: Mapping[str, Any], model: nn.Module, plans: tuple[Plan, ...]) -> nn.Module:
+    """The base with everything done to it that was done before it was saved, but for the weights."""
+    try:
+        for plan in plans:
+            model = apply_(model, plan)
+        modules = dict(model.named_modules())
+        for name, eps in config["norms"].items():
+            if name not in modules:
+                raise StorageError(f"{folder / CONFIG}: the base model has no module {name!r:.80}")
+            if not isinstance(getattr(modules[name], "eps", None), float):
+                raise StorageError(f"{folder / CONFIG}: 'norms' names {name!r:.80}, which has no epsilon")
+            modules[name].eps = float(eps)
+        if config["fused"]:
+            model = fuse(model)
+    except StorageError:
+        raise
+    except ConvSurgeryError as error:
+        raise StorageError(f"{folder / CONFIG} does not fit its base model: {error}") from error
+    except Exception as error:  # a plan that no version of ours has made may break off anywhere
+        raise StorageError(
+            f"{folder / CONFIG} does not fit its base model ({type(error).__name__}: {error!s:.200})"
+        ) from error
+    done = record(model) or Record(())
+    set_record(model, Record(done.plans, dict(config["norms"]), bool(config["fused"])))
+    return model
+
+
+def read_weights_of(folder: Path) -> tuple[Path, Mapping[str, Any] | None]:
+    """The weights of a saved folder and what its JSON says of them, for :func:`load_weights`; the digest is checked.
+
+    Raises:
+        StorageError: as :func:`load`.
+    """
+    config = _read_config(folder)
+    path, described = _weights(folder, config), config.get("weights")
+    if described is not None and digest(path) != described["sha256"]:
+        raise StorageError(f"{path} is not the file that was saved: its SHA-256 is not the one {CONFIG} says")
+    return path, described
+
+
+def _weights(folder: Path, config: Mapping[str, Any]) -> Path:
+    """The file of weights that belongs to ``config``: of a save that was cut off it still has its other name."""
+    described = config.get("weights")
+    usual = folder / WEIGHTS
+    if described is not None:
+        pending = folder / _pending(described["sha256"])
+        if os.path.lexists(pending) and digest(member(folder, pending.name)) == described["sha256"]:
+            return pending
+    return member(folder, usual.name)
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise StorageError(f"there is no folder {folder}")
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    waiting = any(folder.glob(f".{WEIGHTS}.*"))
+    missing = [
+        name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file() and not (name == WEIGHTS and waiting)
+    ]
     if missing:
         found = sorted(path.name for path in folder.iterdir())[:8]
         raise StorageError(f"{folder} is not a saved model: {' and '.join(missing)} missing; it holds {found}")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StorageError(f"{folder / CONFIG} is not JSON: {error}") from error
+    path = member(folder, CONFIG)
+    config = read_json(path)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         version = config.get("format") if isinstance(config, dict) else None
-        raise StorageError(f"{folder / CONFIG} has format {version!r}; this version of convsurgery reads {FORMAT}")
+        raise StorageError(f"{path} has format {version!r:.80}; this version of convsurgery reads {FORMAT}")
     for key, kind in _KINDS.items():
         if key not in config:
-            raise StorageError(f"{folder / CONFIG} has no {key!r}")
+            raise StorageError(f"{path} has no {key!r}")
         if not isinstance(config[key], kind):
-            raise StorageError(f"{folder / CONFIG}: {key!r} is of the wrong kind, {type(config[key]).__name__}")
+            raise StorageError(f"{path}: {key!r} is of the wrong kind, {type(config[key]).__name__}")
+    more = sorted(set(config) - {*_KINDS, "format", "versions", "preprocessing", "weights"})
+    if more:
+        raise StorageError(f"{path}: {more[0]!r:.80} is nothing that this version of convsurgery writes")
+    _check(config, path)
     return config
 
 
@@ -158,61 +278,91 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "frozen": list,
     "input_size": list,
 }
+#: pixels and channels of an input, each and together
+_SIDE, _INPUT = 1 << 16, 1 << 28
 
 
-def _base(folder: Path, config: dict[str, Any], base: nn.Module | None) -> nn.Module:
+def _check(config: Mapping[str, Any], path: Path) -> None:
+    """The values of the keys, beyond their kinds."""
+    size = config["input_size"]
+    whole = all(type(number) is int and 1 <= number <= _SIDE for number in size)
+    if len(size) != 3 or not whole or math.prod(size) > _INPUT:
+        raise StorageError(f"{path}: 'input_size' is channels, height and width in pixels, not {size!r:.80}")
+    for name, eps in config["norms"].items():
+        if type(eps) not in (int, float) or not 0 <= eps <= 1e30:
+            raise StorageError(f"{path}: 'norms' has no epsilon of at least 0 for {name!r:.80}")
+    if not all(isinstance(name, str) for name in config["frozen"]):
+        raise StorageError(f"{path}: 'frozen' is not a list of names")
+    versions = config.get("versions", {})
+    if not isinstance(versions, dict) or not all(isinstance(text, str) for text in versions.values()):
+        raise StorageError(f"{path}: 'versions' is not a mapping of texts")
+    described = config.get("weights")
+    if described is None and "weights" not in config:
+        return
+    kinds = described.get("dtypes") if isinstance(described, dict) else None
+    infinite = described.get("infinite") if isinstance(described, dict) else None
+    if (
+        not isinstance(described, dict)
+        or set(described) != {"sha256", "dtypes", "infinite"}
+        or not re.fullmatch("[0-9a-f]{64}", str(described["sha256"]))
+        or not (isinstance(kinds, dict) and all(type(count) is int for count in kinds.values()))
+        or not (isinstance(infinite, list) and all(isinstance(name, str) for name in infinite))
+    ):
+        raise StorageError(f"{path}: 'weights' holds a sha256, dtypes with their counts, and names in 'infinite'")
+
+
+#: what a base may have more than the file: a replaced convolution leaves far fewer values than it had
+_FACTOR, _FREE_ELEMENTS, _FREE_TENSORS = 64, 1 << 27, 20_000
+
+
+def _budget(held: Mapping[str, tuple[tuple[int, ...], str]]) -> zoo.Budget:
+    elements = sum(math.prod(shape) for shape, _ in held.values())
+    # The base is built twice, without memory and with it, and operators are built beside their convolutions.
+    return zoo.Budget(4 * (_FACTOR * elements + _FREE_ELEMENTS), 64 * len(held) + _FREE_TENSORS)
+
+
+def _base(
+    folder: Path,
+    config: Mapping[str, Any],
+    base: nn.Module | None,
+    held: Mapping[str, tuple[tuple[int, ...], str]],
+    plans: tuple[Plan, ...],
+) -> nn.Module:
+    path = folder / CONFIG
     if base is not None:
-        return copy_model(base)
-    if config["base"] is None:
+        model = copy_model(base)
+    elif config["base"] is None:
         raise StorageError(
             f"{folder} holds a model of class {config['class']}, which neither timm nor torchvision builds by a name "
             "known here; pass the unconverted model: load(directory, base=model)"
         )
-    try:
-        known = zoo.Base.from_json(config["base"])
-        return zoo.create_model(known.name, **dict(known.kwargs))
-    except ModelError as error:
-        raise StorageError(f"the base model of {folder} cannot be built: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StorageError(f"{folder / CONFIG}: 'base' is not what convsurgery writes: {error}") from error
+    else:
+        try:
+            known = zoo.Base.from_json(config["base"])
+        except ModelError as error:
+            raise StorageError(f"the base model of {folder} cannot be built: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StorageError(f"{path}: 'base' is not what convsurgery writes: {error}") from error
+        try:
+            kwargs = dict(known.kwargs)
+            _same_shapes(zoo.create_model(known.name, device="meta", **kwargs), held, plans, path)
+            model = zoo.create_model(known.name, pretrained=False, **kwargs)
+        except ModelError as error:
+            raise StorageError(f"the base model of {folder} cannot be built: {error}") from error
+    if config.get("preprocessing") is not None:
+        zoo.set_preprocessing(model, config["preprocessing"], f"{path}: preprocessing")
+    return model
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill ``model`` from a safetensors file, dtypes as in the file; all keys must fit.
-
-    Raises:
-        StorageError: for a corrupt file or one with other keys or shapes.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError, KeyError) as error:
-        raise StorageError(f"{path} cannot be read: {error}") from error
-    own: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
-    _spread(state, model, own)
-    for key, tensor in own.items():
-        stored = state.get(key)
-        if stored is not None and stored.is_floating_point() and tensor.dtype != stored.dtype:
-            tensor.data = tensor.data.to(stored.dtype)
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise StorageError(f"{path} does not fit the model: {error}") from error
-
-
-def _spread(state: dict[str, torch.Tensor], model: nn.Module, own: Mapping[str, torch.Tensor]) -> None:
-    """Give every name of a shared module or tensor its value: the file holds each once."""
-    for names in aliases(model).values():
-        for name in names if len(names) > 1 else ():
-            for key in [key for key in state if key.startswith(f"{name}.")]:
-                for other in names:
-                    state.setdefault(other + key.removeprefix(name), state[key])
-    shared: dict[int, list[str]] = {}
-    for key, tensor in own.items():
-        shared.setdefault(id(tensor), []).append(key)
-    for keys in shared.values():
-        held = next((state[key] for key in keys if key in state), None)
-        if held is not None:
-            state.update({key: held for key in keys if key not in state})
+def _same_shapes(
+    skeleton: nn.Module, held: Mapping[str, tuple[tuple[int, ...], str]], plans: tuple[Plan, ...], path: Path
+) -> None:
+    """Before memory is taken: what no plan has changed has the shapes of the file."""
+    changed = tuple(f"{name}." for name in _changed(Record(plans)))
+    for name, tensor in skeleton.state_dict().items():
+        shape = held[name][0] if name in held else None
+        if shape is not None and not name.startswith(changed) and tuple(tensor.shape) != shape:
+            raise StorageError(
+                f"{path.with_name(WEIGHTS)} does not fit the model: {name} has shape {shape} there, "
+                f"{tuple(tensor.shape)} in the base model"
+            )

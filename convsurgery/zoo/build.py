@@ -43,8 +43,8 @@ def create_model(
     """Build a model by its timm or torchvision name, in eval mode.
 
     The result carries a :class:`Base` (``_convsurgery_base``) from which its structure can be built again, unless a
-    keyword argument has no JSON form (a class, a function) or torchvision builds the pretrained model in a way that its
-    arguments cannot express (detection models with frozen normalisation).
+    keyword argument is none that a base can hold (a class, a function, a configuration) or torchvision builds the
+    pretrained model in a way that its arguments cannot express (detection models with frozen normalisation).
 
     Args:
         name: as timm has it (``resnet18``, ``resnet18.a1_in1k``, ``timm/resnet18``, ``hf-hub:org/name``,
@@ -152,7 +152,7 @@ def _build_timm(name: str, asked: dict[str, Any], pretrained: bool, by_hand: boo
         from convsurgery.zoo.identify import identify
 
         # Written out, so that a saved model can be rebuilt where the repository cannot be reached.
-        return model, identify(model) or _base(name, asked)
+        return model, identify(model)
     return model, _base(name, asked)
 
 
@@ -236,7 +236,8 @@ def _call(name: str, builder: Any, arguments: dict[str, Any], wanted: str | None
 def _base(name: str, asked: dict[str, Any]) -> Base | None:
     try:
         return Base(name, {key: value for key, value in asked.items() if key not in _TRANSIENT})
-    except TypeError:
+    except (TypeError, ModelError):
+        # A class, a hub name, a configuration: what a record cannot hold is told by the structure, or not at all.
         return None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from convsurgery.errors import ModelError
+from convsurgery.zoo.allowed import allowed_arguments
 from convsurgery.zoo.names import TORCHVISION, Base
 from convsurgery.zoo.sizes import first_channels, own_size, torchvision_builders
 
@@ -108,11 +109,17 @@ def _identify_timm(model: nn.Module, cfg: dict[str, Any], ignore: Collection[str
     tagged = f"{name}.{cfg.get('tag')}"
     if tagged in timm.list_models(f"{name}.*", include_tags=True):
         name = tagged
-    guess = _guess(model, cfg)
     if cfg.get("source") in ("hf-hub", "local-dir"):
-        guess["pretrained_cfg"] = {key: value for key, value in cfg.items() if key != "source"}
+        # The base is built with the architecture's own settings, not with those that came from the hub or a folder.
+        own = timm.get_pretrained_cfg(name)
+        cfg = cfg if own is None else own.to_dict()
+    guess = _guess(model, cfg)
     # timm keeps the arguments a model was created with (from 1.0.31 on): the user's own words come before a guess.
-    written = getattr(model, "_model_args", None) or {}
+    written = {
+        key: value
+        for key, value in (getattr(model, "_model_args", None) or {}).items()
+        if key in allowed_arguments(name)
+    }
     candidates = [{**written, **guess}] if written else []
     candidates.append(guess)
     for kwargs in candidates:

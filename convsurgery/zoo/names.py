@@ -10,20 +10,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from convsurgery.errors import ModelError
+from convsurgery.zoo.allowed import TORCHVISION, check_arguments, check_recorded_name
 
 __all__ = ["TORCHVISION", "Base", "canonical_name", "check_name", "list_models"]
-
-TORCHVISION = "torchvision/"
 
 
 @dataclass(frozen=True)
 class Base:
     """What a model was built from: ``create_model(base.name, **base.kwargs)`` builds its structure again.
 
+    A base may come from a file, so it holds a plain name of timm's or torchvision's and architecture arguments in plain
+    JSON, and nothing else: what a base builds has random weights, and nothing is read, fetched or written for it.
     ``kwargs`` are kept in the form JSON gives back (tuples as lists), so that a stored base equals the original.
 
     Raises:
         TypeError: when a keyword argument has no JSON form, as a class or a function.
+        ModelError: for a name that leads elsewhere (``hf-hub:``, ``local-dir:``, a path), for arguments that are no
+            architecture (weights, checkpoints, caches, configs, devices), and values out of bounds.
 
     >>> Base.from_json(Base("resnet18", {"num_classes": 10}).to_json())
     Base(name='resnet18', kwargs={'num_classes': 10})
@@ -35,6 +38,8 @@ class Base:
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", canonical_name(self.name))
         object.__setattr__(self, "kwargs", json.loads(json.dumps(dict(self.kwargs))))
+        check_recorded_name(self.name, "base.name")
+        check_arguments(self.name, self.kwargs, "base.kwargs")
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that ``json.dumps`` takes."""
@@ -48,8 +53,11 @@ class Base:
             ModelError: for anything of another form.
         """
         name, kwargs = (data.get("name"), data.get("kwargs", {})) if isinstance(data, Mapping) else (None, None)
+        more = sorted(map(str, set(data) - {"name", "kwargs"})) if isinstance(data, Mapping) else []
+        if more:
+            raise ModelError(f"base.{more[0][:80]} is nothing that a saved model holds")
         if not isinstance(name, str) or not isinstance(kwargs, Mapping):
-            raise ModelError(f"a base model is written as {{'name': ..., 'kwargs': {{...}}}}, not as {data!r}")
+            raise ModelError(f"a base model is written as {{'name': ..., 'kwargs': {{...}}}}, not as {data!r:.200}")
         return cls(name, kwargs)
 
 
