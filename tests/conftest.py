@@ -13,6 +13,11 @@ from torch import Tensor, fx, nn
 torch.set_num_threads(1)
 
 
+def needs(module: str, extra: str) -> None:
+    """Skip a test where a module is missing that only an extra brings; the reason names the extra."""
+    pytest.importorskip(module, reason=f"needs {module}: pip install 'convsurgery[{extra}]'")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs
 from torch import Tensor, nn
 
 import convsurgery as cs
@@ -139,7 +140,7 @@ def test_what_it_refuses(images: Tensor) -> None:
 
 
 def test_curve_of_measured_choices(images: Tensor, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    needs("matplotlib", "docs")
     model = net()
     found = cs.scan(model, "linear-mix", images, latency=False)
     points = cs.measure_choices(model, cs.trade_off(found, points=4), images)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs
 
 from convsurgery.bench import diffusion, operators, run_bench, runtime, starts
 
@@ -44,13 +45,13 @@ def test_diffusion(tmp_path: Path) -> None:
     assert set(found["diffusion"]) == set(diffusion.PROMISED)
     assert all(set(ratios) >= {"64", "128", "256"} for ratios in found["diffusion"].values())
     assert set(found["diffusion in ONNX Runtime"]) == {"28²", "14²"}
-    pytest.importorskip("matplotlib")
+    needs("matplotlib", "docs")
     diffusion.draw_figure(tmp_path / "img" / "figure.svg", repeats=1)
     assert (tmp_path / "img" / "figure.svg").read_text(encoding="utf-8").count("<path") > 20
 
 
 def test_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
+    needs("matplotlib", "docs")
     # Every section but that of memory, which measures processes of its own, on one tiny network.
     monkeypatch.setattr(starts, "MODELS", {"test_resnet": (1, 2e-3)})
     model, data = starts.trained("test_resnet")

@@ -8,13 +8,12 @@ import io
 import json
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convsurgery.errors import ConvSurgeryError, StorageError
+from convsurgery.errors import ConvSurgeryError, StorageError, warn
 from convsurgery.files import member, output_folder, read_text, write_text
 from convsurgery.plain import parse_json
 
@@ -314,7 +313,7 @@ def write_all(scan: Scan, directory: str | os.PathLike[str]) -> Path:
     try:
         texts["scan.svg"] = draw(scan, "agreement" if lost else "kl")
     except ConvSurgeryError as error:
-        warnings.warn(f"scan.svg is left out: {error}", stacklevel=3)
+        warn(f"scan.svg is left out: {error}")
     folder = output_folder(directory)
     for name, text in texts.items():
         write_text(folder / name, text, named=False)

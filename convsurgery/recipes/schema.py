@@ -14,6 +14,7 @@ from convsurgery.adapt.config import FinetuneConfig
 from convsurgery.adapt.data import list_datasets
 from convsurgery.errors import ModelError, RecipeError, SettingsError, StorageError, nearest
 from convsurgery.files import read_text
+from convsurgery.plain import control_characters
 from convsurgery.surgery import named_folder
 from convsurgery.zoo import check_arguments, is_plain_name
 
@@ -197,6 +198,8 @@ class _Reader:
             return result
         if isinstance(node, yaml.SequenceNode):
             return [self.plain(item, path, depth + 1) for item in node.value]
+        if control_characters(node.value):
+            raise RecipeError(f"{place}: a value holds control characters: {node.value[:40]!r}")
         if node.tag == _DATE:
             return node.value
         try:

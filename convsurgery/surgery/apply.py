@@ -127,6 +127,8 @@ def _replacement(entry: Entry, modules: dict[str, nn.Module], names: dict[int, t
     for name, parameter in conv.named_parameters(recurse=False):
         if not _finite(parameter.detach()):
             raise ConversionError(f"{site.label}: its {name} holds NaN or infinity; nothing was converted")
+    if site.batchnorm is not None and not isinstance(modules.get(site.batchnorm), nn.Module):
+        raise ConversionError(f"the plan is for another model: there is no BatchNorm at {site.batchnorm!r:.80}")
     norm = modules.get(site.batchnorm) if entry.absorb and site.batchnorm else None
     blended = start.name == "blend"
     # Beside its convolution an operator has weights of its own.

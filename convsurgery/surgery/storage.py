@@ -5,6 +5,7 @@ Nothing in a folder is executed, fetched, or used as a path. What is read is hel
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -95,7 +96,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, base: str | zoo
             whole.mkdir()
             _write_weights(model, whole / WEIGHTS)
             with_usual_mode(whole / WEIGHTS)
-            config["weights"] = describe(model, whole / WEIGHTS)
+            config["weights"] = {**describe(model, whole / WEIGHTS), "config": _digest_of(config)}
             (whole / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
             if new:
                 os.rename(whole, folder)
@@ -122,6 +123,12 @@ def _write_weights(model: nn.Module, path: Path) -> None:
     from safetensors.torch import save_model
 
     save_model(model, str(path), metadata={"format": "pt"})
+
+
+def _digest_of(config: Mapping[str, Any]) -> str:
+    """SHA-256 of everything that ``convsurgery.json`` says, but for what it says of the weights and of itself."""
+    rest = {key: value for key, value in config.items() if key != "weights"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _commit(whole: Path, folder: Path, sha256: str) -> None:
@@ -181,6 +188,8 @@ def load(directory: str | os.PathLike[str], *, base: nn.Module | None = None) ->
             f"{weights} is not the file that was saved: its SHA-256 is not the one {CONFIG} says. It was damaged or "
             "exchanged; nothing was loaded"
         )
+    elif config["weights"]["config"] != _digest_of(config):
+        raise StorageError(f"{folder / CONFIG} was changed after it was saved: its SHA-256 is not the one that it says")
     frozen, names = set(config["frozen"]), {name for name, _ in model.named_parameters()}
     if strange := sorted(frozen - names):
         raise StorageError(f"{folder / CONFIG}: 'frozen' names {strange[0]!r:.80}, which is no parameter of the model")
@@ -303,12 +312,12 @@ def _check(config: Mapping[str, Any], path: Path) -> None:
     infinite = described.get("infinite") if isinstance(described, dict) else None
     if (
         not isinstance(described, dict)
-        or set(described) != {"sha256", "dtypes", "infinite"}
-        or not re.fullmatch("[0-9a-f]{64}", str(described["sha256"]))
+        or set(described) != {"sha256", "dtypes", "infinite", "config"}
+        or not all(re.fullmatch("[0-9a-f]{64}", str(described[key])) for key in ("sha256", "config"))
         or not (isinstance(kinds, dict) and all(type(count) is int for count in kinds.values()))
         or not (isinstance(infinite, list) and all(isinstance(name, str) for name in infinite))
     ):
-        raise StorageError(f"{path}: 'weights' holds a sha256, dtypes with their counts, and names in 'infinite'")
+        raise StorageError(f"{path}: 'weights' holds two digests, dtypes with their counts, and names in 'infinite'")
 
 
 #: what a base may have more than the file: a replaced convolution leaves far fewer values than it had

@@ -79,7 +79,7 @@ def check_recorded_name(name: str, where: str) -> None:
     from convsurgery.zoo.names import check_name
 
     try:
-        check_name(name)
+        check_name(name[:80])
     except ModelError as error:
         raise ModelError(f"{where}: {error}") from error
     raise ModelError(f"{where}: no model is called {name[:80]!r}")

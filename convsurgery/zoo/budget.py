@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from convsurgery.errors import StorageError
+from convsurgery.errors import ModelError
 
 __all__ = ["Budget"]
 
@@ -28,7 +28,7 @@ class Budget(TorchFunctionMode):
         tensors: how many of them.
 
     Raises:
-        StorageError: at the tensor that is too much.
+        ModelError: at the tensor that is too much.
     """
 
     def __init__(self, elements: int, tensors: int) -> None:
@@ -53,7 +53,7 @@ class Budget(TorchFunctionMode):
         if elements:
             self.tensors -= 1
         if self.elements < 0 or self.tensors < 0:
-            raise StorageError("it asks for far more memory than its weights take: nothing was built")
+            raise ModelError("it asks for far more memory than its weights take: nothing was built")
 
 
 def _asked(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> int:
