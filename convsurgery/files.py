@@ -220,16 +220,16 @@ def _sweep(parent: Path, prefix: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Alone among the processes that write into ``folder``; waits for the others."""
-    handle = _lock(folder, wait=True)
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Alone among those who write into ``folder``, or with others who only read it; waits for its turn."""
+    handle = _lock(folder, wait=True, shared=shared)
     try:
         yield
     finally:
         _unlock(handle)
 
 
-def _lock(folder: Path, *, wait: bool) -> int | None:
+def _lock(folder: Path, *, wait: bool, shared: bool = False) -> int | None:
     """A lock on a folder; None where another holds it or the system has no such locks."""
     try:
         import fcntl
@@ -240,7 +240,7 @@ def _lock(folder: Path, *, wait: bool) -> int | None:
     except OSError:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         os.close(handle)
         return None

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -247,3 +253,170 @@ def test_weight_file_is_plain_safetensors(saved: Path) -> None:
     held = load_file(saved / WEIGHTS)
     assert held["conv1.weight"].shape == (64, 3, 7, 7)
     assert "conv1.scale" in held
+
+
+def _old_folder(folder: Path) -> None:
+    """As it was written before there was a digest."""
+    config = json.loads((folder / CONFIG).read_text())
+    for key in ("weights", "preprocessing"):
+        del config[key]
+    (folder / CONFIG).write_text(json.dumps(config, indent=1))
+
+
+def test_folders_of_before_are_read_with_a_note(saved: Path) -> None:
+    new = cs.load(saved)
+    _old_folder(saved)
+    with pytest.warns(UserWarning, match="written before a digest"):
+        back = cs.load(saved)
+    assert_equal_models(back, new)
+
+
+def test_exchanged_weights_are_refused(saved: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    other = cs.save(
+        cs.convert(timm.create_model("resnet18", num_classes=2), "first-conv->kerv-poly"), tmp_path / "other"
+    )
+    (other / WEIGHTS).replace(saved / WEIGHTS)
+    with pytest.raises(StorageError, match=r"is not the file that was saved.*SHA-256"):
+        cs.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state | {"conv1.weight": state["conv1.weight"] * float("nan")}, "conv1.weight holds values"),
+        (lambda state: state | {"fc.bias": state["fc.bias"] / 0}, "fc.bias holds values"),
+        (
+            lambda state: state | {"bn1.running_var": -state["bn1.running_var"]},
+            "bn1.running_var holds variances below 0",
+        ),
+        (lambda state: state | {"fc.bias": state["fc.bias"].int()}, "fc.bias is torch.int32"),
+    ],
+)
+def test_weights_are_looked_at_where_there_is_no_digest(saved: Path, change: Any, message: str) -> None:
+    _old_folder(saved)
+    save_file({name: value.contiguous() for name, value in change(load_file(saved / WEIGHTS)).items()}, saved / WEIGHTS)
+    with pytest.raises(StorageError, match=message):
+        cs.load(saved)
+
+
+def test_not_a_number_is_not_saved(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet")
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(StorageError, match="holds NaN"):
+        cs.save(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_infinity_in_a_buffer_comes_back(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.register_buffer("mask", torch.full((2,), -torch.inf))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x)
+
+    cs.save(Masked(), tmp_path)
+    assert torch.equal(cs.load(tmp_path, base=Masked()).mask, torch.full((2,), -torch.inf))
+
+
+def test_how_images_are_prepared_comes_back(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", num_classes=3)
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "crop_pct": 0.7, "url": "http://x/y"}
+    cs.save(model, tmp_path)
+    back = cs.load(tmp_path)
+    assert (back.pretrained_cfg["mean"], back.pretrained_cfg["crop_pct"]) == ((0.1, 0.2, 0.3), 0.7)
+    assert "http://x/y" not in (tmp_path / CONFIG).read_text()
+
+
+def test_files_have_the_usual_rights(tmp_path: Path) -> None:
+    cs.save(timm.create_model("test_resnet"), tmp_path / "out")
+    (tmp_path / "mine").write_text("")
+    usual = (tmp_path / "mine").stat().st_mode
+    assert [(tmp_path / "out" / name).stat().st_mode for name in (CONFIG, WEIGHTS)] == [usual, usual]
+
+
+def _killed_at(number: int, act: Callable[[], object]) -> bool:
+    """Run ``act`` in a child that is gone, without any clean-up, at its ``number``-th change to the disk."""
+    child = os.fork()
+    if child == 0:
+        seen = [0]
+
+        def hook(event: str, args: tuple[Any, ...]) -> None:
+            writes = event == "open" and bool((args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+            if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil.rmtree"):
+                seen[0] += 1
+                if seen[0] == number:
+                    os._exit(9)
+
+        sys.addaudithook(hook)
+        try:
+            act()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty folder", "an earlier save", "a save without a digest"])
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new(there: str, tmp_path: Path) -> None:
+    old, new = timm.create_model("test_resnet", num_classes=2), timm.create_model("test_resnet", num_classes=5)
+    folder, found = tmp_path / "out", set()
+    for number in range(1, 100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if there != "nothing":
+            folder.mkdir()
+        if "save" in there:
+            cs.save(old, folder)
+        if there == "a save without a digest":
+            _old_folder(folder)
+        killed = _killed_at(number, lambda: cs.save(new, folder))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            if "save" not in there and not (folder / CONFIG).exists():
+                with pytest.raises(StorageError, match=r"there is no folder|not a saved model"):
+                    cs.load(folder)
+                found.add("nothing")
+            else:
+                back = cs.load(folder)
+                which = old if back.num_classes == 2 else new
+                assert_equal_models(back, which)
+                found.add("old" if which is old else "new")
+        # Whatever is left of it, the next save is as any other, and clears it away once it is not young any more.
+        if not killed:
+            break
+    assert not killed
+    assert found == {"old" if "save" in there else "nothing", "new"}
+    for path in (*tmp_path.iterdir(), *folder.iterdir()):
+        os.utime(path, (0, 0))
+    cs.save(old, folder)
+    shutil.rmtree(folder) if there == "nothing" else None
+    if there == "nothing":
+        cs.save(new, folder)
+    assert_equal_models(cs.load(folder), new if there == "nothing" else old)
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, WEIGHTS]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_may_save_at_once(tmp_path: Path) -> None:
+    """Whoever comes last: the pair belongs together."""
+    models = [timm.create_model("test_resnet", num_classes=classes) for classes in (2, 3, 4)]
+    cs.save(models[0], tmp_path)
+    children = []
+    for model in models:
+        child = os.fork()
+        if child == 0:
+            try:
+                for _ in range(5):
+                    cs.save(model, tmp_path)
+                    cs.load(tmp_path)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    back = cs.load(tmp_path)
+    assert_equal_models(back, models[back.num_classes - 2])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]

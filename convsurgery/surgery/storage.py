@@ -169,6 +169,12 @@ def load(directory: str | os.PathLike[str], *, base: nn.Module | None = None) ->
             executed, fetched, or used as a path. A folder of a version that kept no digest is read with a warning.
     """
     folder = Path(directory)
+    # Who saves into the folder meanwhile waits: the two files are read as a pair.
+    with locked(folder, shared=True):
+        return _load(folder, base)
+
+
+def _load(folder: Path, base: nn.Module | None) -> nn.Module:
     config = _read_config(folder)
     try:
         plans = tuple(map(Plan.from_dict, config["plans"]))
