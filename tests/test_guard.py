@@ -277,6 +277,18 @@ def test_hostile_scans(name: str, good: Path, place: Path) -> None:
     assert (code, "error: " in text, "defect" in text) == (2, True, False), text
 
 
+@pytest.mark.parametrize(
+    "text", ["[]\n", "{}\n", '{"checks": 1, "input": 2}\n', "[" * 100_000 + "\n", '{"a": NaN}\n', "\0\n"]
+)
+def test_hostile_coverage_files(text: str, place: Path) -> None:
+    path = place / "work" / "coverage.jsonl"
+    path.write_text(text)
+    with untouched(place, writes=(place / "work",)):
+        code, said = _cli("coverage", "test_resnet", "-o", path)
+    assert (code, said.startswith("error: "), "defect" in said) == (2, True, False), said
+    assert path.read_text() == text
+
+
 def test_images_that_are_programs_are_not_run(good: Path, place: Path) -> None:
     images = place / "work" / "images"
     for name in ("train/a", "train/b", "val/a", "val/b"):

@@ -707,3 +707,39 @@ def test_local_hub_folder_is_rebuilt_without_it(tmp_path: Path) -> None:
     assert again.pretrained_cfg["mean"][0] == 0.125
     assert "file" not in again.pretrained_cfg
     assert input_size(again) == input_size(model) == (1, 224, 224)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("resnet18", {"num_classes": 0, "global_pool": "", "drop_path_rate": 0.1, "act_layer": "gelu"}),
+        ("regnety_004", {"se_ratio": 0.5}),
+        ("naflexvit_base_patch16_gap", {"depth": 1}),
+        ("scaled_resnet18", {"width": 8, "in_chans": 1}),
+        ("rdnet_a", {"step": "explicit"}),
+        ("resnet18", {"features_only": True, "out_indices": [1, 2]}),
+        ("swin_tiny_patch4_window7_224", {"img_size": 112, "window_size": 7}),
+        ("vit_tiny_patch16_224", {"weight_init": "skip", "reg_tokens": 2}),
+        ("torchvision/mobilenet_v3_small", {"dilated": True, "reduced_tail": True}),
+        ("torchvision/mobilenet_v2", {"width_mult": 0.5, "dropout": 0.4}),
+        ("torchvision/fasterrcnn_resnet50_fpn", {"num_classes": 3, "min_size": 300, "image_mean": [0.5, 0.5, 0.5]}),
+        ("torchvision/vit_b_16", {"image_size": 64}),
+    ],
+)
+def test_architecture_arguments_are_a_base(name: str, kwargs: dict[str, Any]) -> None:
+    import convsurgery.models as models  # noqa: F401
+
+    model = create_model(name, device="meta", **kwargs)
+    assert model._convsurgery_base == Base(name, kwargs)
+
+
+def test_settings_of_the_caller_leave_the_base_alone() -> None:
+    model = timm.create_model("resnet18", pretrained_cfg_overlay={"num_classes": 7, "mean": (0.0, 0.0, 0.0)})
+    assert identify(model) == Base("resnet18.a1_in1k", {"num_classes": 7})
+
+
+@pytest.mark.parametrize("key", ["pretrained", "pretrained_cfg", "cache_dir", "checkpoint_path", "weights", "device"])
+def test_what_is_no_architecture_is_no_base(key: str) -> None:
+    for name in ("resnet18", "torchvision/resnet18"):
+        with pytest.raises(ModelError, match=rf"base\.kwargs\.{key} is nothing that a saved model holds"):
+            Base(name, {key: 1})

@@ -7,6 +7,7 @@ alone.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -31,7 +32,8 @@ _NEVER = frozenset((
     "scriptable", "exportable", "no_jit", "weights", "weights_backbone", "progress", "init_weights", "device",
     "dtype", "url", "file", "path", "root", "hub_id", "hf_hub_id", "hf_hub_filename", "state_dict", "config",
     "cfg", "cfgs", "model_cfg", "feature_cfg", "kwargs_filter", "default_cfg", "source", "custom_load",
-    "module", "forward", "self", "args", "kwargs",
+    "module", "forward", "name", "model_name", "model", "model_cls", "variant", "arch", "builder",
+    "load_bfloat16", "self", "args", "kwargs",
 ))
 # fmt: on
 #: what timm's model builder takes itself, before the class sees the rest
@@ -44,13 +46,18 @@ _TIMM = frozenset((
 # fmt: on
 _TORCHVISION = frozenset(("num_classes", "img_size", "norm_layer", "aux_loss", "trainable_backbone_layers", "quantize"))
 
+#: parts of names that speak of weights, files and places
+_SUSPECT = re.compile(
+    r"(^|_)(urls?|files?|filenames?|caches?|state_dict|ckpt|hub|downloads?|configs?|cfgs?|overlay|device|source)(_|$)"
+    r"|pretrained(?!_window_sizes?$)|checkpoint_path|weights_path"
+)
 _NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _WORD = re.compile(r"[A-Za-z0-9_+\-. ]{0,64}")
 #: entries of all lists and mappings together, and how deep they may lie in one another
 _ENTRIES, _DEPTH = 4096, 6
-#: the largest whole number: classes of a face recogniser, far from what makes a builder allocate without end
-_LARGEST = 1 << 24
+#: the largest numbers: classes of a face recogniser; and of everything else (a builder may make a list of any depth)
+_MOST_CLASSES, _LARGEST = 1 << 24, 1 << 16
 
 
 def is_plain_name(name: str) -> bool:
@@ -98,23 +105,24 @@ def check_arguments(name: str, kwargs: Mapping[str, Any], where: str) -> None:
     """
     known = allowed_arguments(name)
     for key, value in kwargs.items():
-        if not isinstance(key, str) or not _KEY.fullmatch(key) or key in _NEVER:
+        if not isinstance(key, str) or not _KEY.fullmatch(key) or _never(key):
             shown = key if isinstance(key, str) and _KEY.fullmatch(key) else repr(key)[:80]
             raise ModelError(f"{where}.{shown} is nothing that a saved model holds")
         if key not in known:
             raise ModelError(f"{where}.{key} is no architecture argument of {name}; {nearest(key, known)[:200]}")
-        _check_value(value, f"{where}.{key}", [_ENTRIES], _DEPTH)
+        most = _MOST_CLASSES if key == "num_classes" else _LARGEST
+        _check_value(value, f"{where}.{key}", [_ENTRIES], _DEPTH, most)
 
 
-def _check_value(value: Any, where: str, left: list[int], depth: int) -> None:
+def _check_value(value: Any, where: str, left: list[int], depth: int, most: int = _LARGEST) -> None:
     left[0] -= 1
     if left[0] < 0 or depth < 0:
         raise ModelError(f"{where} is larger or deeper than anything a saved model holds")
     if value is None or isinstance(value, bool):
         return
     if isinstance(value, int | float):
-        if not math.isfinite(value) or abs(value) > _LARGEST:
-            raise ModelError(f"{where} is out of range: a saved model holds numbers up to {_LARGEST:,}")
+        if not math.isfinite(value) or abs(value) > most:
+            raise ModelError(f"{where} is out of range: a saved model holds numbers up to {most:,}")
         return
     if isinstance(value, str):
         # No path, no address: separators have no place in the name of a layer or a mode.
@@ -127,7 +135,7 @@ def _check_value(value: Any, where: str, left: list[int], depth: int) -> None:
         return
     if isinstance(value, dict):
         for key, item in value.items():
-            if not isinstance(key, str) or not _KEY.fullmatch(key) or key in _NEVER:
+            if not isinstance(key, str) or not _KEY.fullmatch(key) or _never(key):
                 raise ModelError(f"{where}.{str(key)[:80]} is nothing that a saved model holds")
             _check_value(item, f"{where}.{key}", left, depth - 1)
         return
@@ -145,14 +153,24 @@ def allowed_arguments(name: str) -> frozenset[str]:
     else:
         builder, common = timm.model_entrypoint(name.partition(".")[0]), _TIMM
     found = set(common) | _parameters(builder)
-    for value in list(vars(sys.modules[builder.__module__]).values()):
-        # The classes of whole models: blocks and layers have no classes to tell.
+    for name_, value in list(vars(sys.modules[builder.__module__]).items()):
         if inspect.isclass(value) and issubclass(value, nn.Module):
+            # The classes of whole models: blocks and layers have no classes to tell.
             own = [base for base in value.__mro__ if base not in nn.Module.__mro__]
             options = set().union(*(_parameters(vars(base).get("__init__")) for base in own))
             if "num_classes" in options:
                 found |= options
-    return frozenset(found - _NEVER)
+        elif dataclasses.is_dataclass(value):
+            # timm's ByoModelCfg, RegNetCfg, ...: what a builder may be told instead of its table.
+            found |= {field.name for field in dataclasses.fields(value)}
+        elif inspect.isfunction(value) and value.__module__ == builder.__module__ and name_.startswith("_"):
+            # torchvision's _mobilenet_v3_conf, timm's _gen_...: they take part of the keyword arguments.
+            found |= _parameters(value)
+    return frozenset(key for key in found if not _never(key))
+
+
+def _never(key: str) -> bool:
+    return key in _NEVER or _SUSPECT.search(key) is not None
 
 
 def _parameters(function: Any) -> set[str]:

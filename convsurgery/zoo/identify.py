@@ -109,11 +109,9 @@ def _identify_timm(model: nn.Module, cfg: dict[str, Any], ignore: Collection[str
     tagged = f"{name}.{cfg.get('tag')}"
     if tagged in timm.list_models(f"{name}.*", include_tags=True):
         name = tagged
-    if cfg.get("source") in ("hf-hub", "local-dir"):
-        # The base is built with the architecture's own settings, not with those that came from the hub or a folder.
-        own = timm.get_pretrained_cfg(name)
-        cfg = cfg if own is None else own.to_dict()
-    guess = _guess(model, cfg)
+    # The base is built with the library's own settings, not with those of a hub, of a folder, or of the caller.
+    own = timm.get_pretrained_cfg(name)
+    guess = _guess(model, cfg if own is None else own.to_dict())
     # timm keeps the arguments a model was created with (from 1.0.31 on): the user's own words come before a guess.
     written = {
         key: value
