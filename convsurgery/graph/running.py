@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import logging
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from convsurgery.errors import ModelError
+from convsurgery.graph.alone import quietly
 from convsurgery.graph.copying import computed_attributes, copy_model, copy_modules
 
 __all__ = ["Call", "Run", "is_scripted_conv", "run", "tensors"]
@@ -86,14 +85,14 @@ def run(model: nn.Module, inputs: Sequence[Any]) -> Run:
     meta = any(parameter.is_meta for parameter in model.parameters())
     placed = tree_map_only(Tensor, lambda x: x.to("meta"), tuple(inputs)) if meta else tuple(inputs)
     try:
-        with _quietly():
+        with quietly():
             return _observed(skeleton, tree_map_only(Tensor, mode.from_tensor, placed), mode)
     except (DataDependentOutputException, DynamicOutputShapeException):
         pass
     except Exception as error:
         raise _does_not_run(model, inputs, error) from error
     try:
-        with _quietly():
+        with quietly():
             return _observed(_skeleton(model, _stand_in), tree_map_only(Tensor, _stand_in, tuple(inputs)), None)
     except Exception as error:
         raise _does_not_run(model, inputs, error) from error
@@ -263,20 +262,6 @@ class _ReadsOutside(TorchFunctionMode):
                     if owner is not None and owner not in self.running and func.__name__ != "__get__":
                         self.found.add(owner)
         return out
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Fake tensors log every failure, also those handled here, and what a model warns of is for its real runs."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _does_not_run(model: nn.Module, inputs: Sequence[Any], error: Exception) -> ModelError:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
+import functools
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from convsurgery.graph.alone import quietly
 
 __all__ = ["Region", "followers", "owners_read", "regions", "trace", "trace_owner"]
 
@@ -35,6 +38,39 @@ class _Tracer(fx.Tracer):
     def __init__(self, leaves: tuple[type[nn.Module], ...], functions: tuple[Any, ...]) -> None:
         super().__init__(autowrap_functions=functions)
         self._leaves = leaves
+        self._thread = threading.get_ident()
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        made, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        return self._unnoticed(made), args
+
+    def _unnoticed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """While FX traces, every module of the process calls FX; here those of other threads go their own way again."""
+        plain = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
+
+        @functools.wraps(forward)
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            patched = {name: getattr(nn.Module, name) for name in plain}
+            for name, method in patched.items():
+                setattr(nn.Module, name, _by_thread(self._thread, method, plain[name]))
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                for name, method in patched.items():
+                    setattr(nn.Module, name, method)
+
+        return traced
+
+    # FX has patched the classes a moment before ``traced`` begins, and puts them back a moment after it ends.
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         home = type(m).__module__
@@ -44,6 +80,16 @@ class _Tracer(fx.Tracer):
             return True
         # What differs between training and evaluation must not be written into a graph, so it stays a module.
         return _asks_for_training(type(m).forward) and not _holds_conv(m)
+
+
+def _by_thread(thread: int, own: Callable[..., Any], others: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that is ``own`` in one thread and ``others`` in all others."""
+
+    @functools.wraps(others)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (own if threading.get_ident() == thread else others)(self, *args, **kwargs)
+
+    return method
 
 
 _LEAF_PACKAGES = ("torchvision.ops", "convsurgery.operators", "timm.layers.activations")
@@ -77,9 +123,8 @@ def _leaf_rules() -> tuple[tuple[type[nn.Module], ...], tuple[Any, ...]]:
 
 
 def _quietly(tracer: fx.Tracer, model: nn.Module) -> fx.Graph:
-    with warnings.catch_warnings():
-        # FX warns of what it specialises; the plan says how the model was seen.
-        warnings.simplefilter("ignore")
+    # FX warns of what it specialises; the plan says how the model was seen.
+    with quietly():
         return tracer.trace(model)
 
 
