@@ -58,6 +58,12 @@ class Adapter:
     extras: tuple[str, ...] = ()
     prefix: str = "Reweighted"
 
+    def attributes(self, conv: nn.Conv2d) -> frozenset[str]:
+        """Names of what ``conv`` holds for this."""
+        told = (self.same,) if isinstance(self.same, str) else ()
+        mine = ("_window", "_extras", *getattr(conv, "_extras", ())) if isinstance(conv, _Adapted) else ()
+        return frozenset((*self.extras, *told, *mine))
+
     def pads(self, conv: nn.Conv2d) -> bool:
         """Whether ``conv`` pads its input at run time."""
         return bool(getattr(conv, self.same)) if isinstance(self.same, str) else self.same

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Block", "ConvGeometry", "Cost", "Pair", "Site", "pad_amounts", "pair"]
+__all__ = ["Block", "ConvGeometry", "Cost", "OtherConv", "Pair", "Site", "pad_amounts", "pair"]
 
 Pair = tuple[int, int]
 
@@ -165,6 +165,39 @@ class Site:
         geometry = self.geometry
         params = geometry.out_channels * (geometry.patch + geometry.bias)
         return Cost(params, geometry.out_channels * geometry.patch * self.positions)
+
+
+@dataclass(frozen=True)
+class OtherConv:
+    """Convolutions that a forward pass executes and that are no site.
+
+    Attributes:
+        kind: "functional" (a call of ``F.conv2d`` and the like), "unregistered" (a Conv2d that is no part of the
+            model), "inside" (more than one in one call of a listed module), or what they are instead of
+            two-dimensional: "1-d", "3-d", "transposed 2-d", "deformable", …; "2-d" for those inside TorchScript.
+        owner: class name of the module whose forward executes them; "NoneType" outside of any.
+        names: of those modules, in execution order; of an unregistered one there is none.
+        calls: how many one forward pass executes.
+    """
+
+    kind: str
+    owner: str
+    names: tuple[str, ...]
+    calls: int
+
+    def __str__(self) -> str:
+        shown = ", ".join(name or "the model itself" for name in self.names[:2])
+        where = f" ({shown}{f' and {len(self.names) - 2} more' if len(self.names) > 2 else ''})" if self.names else ""
+        owner = "no module" if self.owner == "NoneType" else self.owner
+        one = self.calls == 1
+        many = f"{self.calls} convolution{'' if one else 's'}"
+        if self.kind == "functional":
+            return f"{many} in {owner}{where} {'is' if one else 'are'} functional, not {'a ' * one}Conv2d"
+        if self.kind == "unregistered":
+            return f"{many} {'runs' if one else 'run'} in a Conv2d that is no part of the model: nothing registers it"
+        if self.kind == "inside":
+            return f"{many} more {'runs' if one else 'run'} inside {shown}"
+        return f"{many} in {owner}{where} {'is' if one else 'are'} {self.kind}"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,11 +14,12 @@ from convsurgery.adapt.calibration import fits_of, run_fits
 from convsurgery.adapt.fitting import FitOptions, LayerFit
 from convsurgery.adapt.images import calibration_images
 from convsurgery.api.choosing import auto
-from convsurgery.api.planning import Inputs, look
+from convsurgery.api.planning import Inputs, inputs_for, look
 from convsurgery.errors import ConversionError
 from convsurgery.operators import Start
 from convsurgery.rules import RulesLike, as_rules
 from convsurgery.surgery import Plan, apply, apply_, record
+from convsurgery.surgery.apply import Undo
 from convsurgery.surgery.record import set_record
 
 __all__ = ["convert", "convert_"]
@@ -55,7 +57,7 @@ def convert(
         True
     """
     made, trial = _trial(model, rule, example_inputs, start, calibration, on_layer)
-    return apply(model, made) if trial is None else trial
+    return apply(model, made, example_inputs=inputs_for(model, example_inputs)) if trial is None else trial
 
 
 def convert_(
@@ -74,22 +76,25 @@ def convert_(
     """
     # What is fitted or chosen is on a copy, so that data that fails leaves the model as it was.
     made, trial = _trial(model, rule, example_inputs, start, calibration, on_layer)
-    new = apply_(model, made)
-    if trial is None:
-        return new
-    fits = fits_of(made.edits)
+    inputs = inputs_for(model, example_inputs)
+    return apply_(model, made, example_inputs=inputs, then=None if trial is None else partial(_take_fits, made, trial))
+
+
+def _take_fits(made: Plan, trial: nn.Module, new: nn.Module, undo: Undo) -> None:
+    """What was fitted in a trial, into the model that was converted alike."""
     theirs = dict(trial.named_modules(remove_duplicate=False))
-    for name, fit in fits.items():
+    for name, fit in fits_of(made.edits).items():
         new.get_submodule(name).load_state_dict(theirs[name].state_dict())
         if fit.batchnorm:
             norm = new.get_submodule(fit.batchnorm)
+            kept = {key: value.clone() for key, value in norm.state_dict().items()}
+            undo += [partial(norm.load_state_dict, kept), partial(setattr, norm, "eps", norm.eps)]
             norm.load_state_dict(theirs[fit.batchnorm].state_dict())
             norm.eps = theirs[fit.batchnorm].eps
     done, its = record(new), record(trial)
     assert done is not None
     assert its is not None
     set_record(new, dataclasses.replace(done, norms=its.norms))
-    return new
 
 
 def _trial(
@@ -118,7 +123,7 @@ def _trial(
     fits = fits_of(made.edits)
     if not fits:
         return made, None
-    trial = apply(model, made)
+    trial = apply(model, made, example_inputs=inputs_for(model, example_inputs))
     run_fits(
         trial, model, fits, calibration_images(calibration, model), FitOptions(), progress=False, on_layer=on_layer
     )

@@ -18,7 +18,7 @@ from convsurgery.operators import Start
 from convsurgery.rules import PatternSelector, Rules, RulesLike, as_rules, parse_selector
 from convsurgery.surgery import Plan, make_plan, unwrap
 
-__all__ = ["Inputs", "View", "look", "pattern", "plan"]
+__all__ = ["Inputs", "View", "inputs_for", "look", "pattern", "plan"]
 
 Inputs = Tensor | Sequence[Any] | None
 
@@ -85,7 +85,7 @@ def look(model: nn.Module, example_inputs: Inputs = None) -> View:
         wrapper = type(model).__name__
         raise ModelError(f"{wrapper} wraps the model: convert the model itself, then compile or parallelise it")
     params = sum(p.numel() for p in model.parameters() if p.requires_grad and not is_lazy(p))
-    return View(_label(model), params, observe(model, _inputs(model, example_inputs)))
+    return View(_label(model), params, observe(model, inputs_for(model, example_inputs)))
 
 
 def pattern(code: nn.Module | Callable[..., Any], tests: str = "", *, name: str | None = None) -> PatternSelector:
@@ -119,7 +119,8 @@ def _label(model: nn.Module) -> str:
     return str(base.name if base is not None else cfg.get("architecture") or type(model).__name__)
 
 
-def _inputs(model: nn.Module, example: Inputs) -> tuple[Any, ...]:
+def inputs_for(model: nn.Module, example: Inputs) -> tuple[Any, ...]:
+    """The forward's positional arguments: those given, or one image of the model's own size."""
     if isinstance(example, Tensor):
         return (example,)
     return zoo.example_inputs(model) if example is None else tuple(example)

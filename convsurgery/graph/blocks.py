@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
 
 from convsurgery.geometry import Block, Site
+from convsurgery.graph.instance import own_method
 from convsurgery.graph.patterns import PATTERNS, Found, Matcher, Miss
 from convsurgery.graph.sites import Observation, aliases
 from convsurgery.graph.templates import Template, template_matcher
@@ -125,10 +126,22 @@ class _Finder:
         hooked = next((member for member in members if _has_hooks(self.modules[member])), None)
         if hooked is not None:
             return Candidate(first, block, f"{hooked} carries hooks; remove them, convert, and register them again")
+        changed = next((f"{name}: its {what}" for name, what in self._own_methods(members, owner, opened)), None)
+        if changed is not None:
+            return Candidate(first, block, f"{changed} was replaced on this instance")
         if chain:
             return Candidate(first, block, None)
         fields = {**vars(block), "nodes": nodes}
         return Candidate(first, Block(**fields), self._why_not_rewritten(owner))
+
+    def _own_methods(self, members: Sequence[str], owner: str, opened: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Modules of a block, and those whose forward would be rewritten, that have a method of their own."""
+        parts = [(name, part) for name in members for part in self.modules[name].modules()]
+        around = [(name, self.modules[name]) for name in (owner, *(f"{owner}.{o}" if owner else o for o in opened))]
+        for name, module in (*parts, *around):
+            what = own_method(module)
+            if what is not None:
+                yield name or "the model", what
 
     def _owner(self, view: View, nodes: Sequence[fx.Node]) -> tuple[str, tuple[str, ...]]:
         """The smallest module whose forward runs all nodes, and the modules below it that the nodes lie in."""

@@ -8,12 +8,13 @@ model has none.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,42 +25,56 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from convsurgery.errors import ModelError
+from convsurgery.geometry import OtherConv
 from convsurgery.graph.alone import quietly
 from convsurgery.graph.copying import computed_attributes, copy_model, copy_modules
+from convsurgery.graph.executed import Executed
+from convsurgery.graph.holders import holders
+from convsurgery.graph.probes import Probes
+from convsurgery.graph.watching import Call, ReadsOutside, Watch, hooked, is_scripted_conv
 
-__all__ = ["Call", "Run", "is_scripted_conv", "run", "tensors"]
-
-
-@dataclass
-class Call:
-    """What the hooks saw of one convolution; shapes are those of the first call.
-
-    ``positions`` counts output pixels over all calls, for each image that the model was given.
-    """
-
-    index: int
-    input_shape: tuple[int, ...] | None = None
-    output_shape: tuple[int, ...] | None = None
-    calls: int = 0
-    positions: int = 0
+__all__ = [
+    "Call",
+    "NoProducts",
+    "Run",
+    "fake",
+    "is_scripted_conv",
+    "placed",
+    "run",
+    "skeleton_of",
+    "stand_in",
+    "tensors",
+]
 
 
 @dataclass
 class Run:
-    """The calls of convolutions and of batch norms by the module's first name, convolutions read outside, what ran."""
+    """What one pass showed.
+
+    Attributes:
+        skeleton: what ran, and is in eval mode.
+        mode: of its fake tensors; None where the tensors are real.
+        calls: of convolutions, by the module's first name.
+        norm_calls: of batch norms, by the module's first name.
+        read_outside: convolutions whose tensors were used outside of their own call.
+        direct: convolutions that computed without having been called as modules.
+        others: executed convolutions that are no call of these modules.
+        kept: for convolutions that cannot be replaced without the forward noticing: why.
+    """
 
     skeleton: nn.Module
     mode: FakeTensorMode | None
     calls: dict[str, Call]
     norm_calls: Counter[str]
     read_outside: set[str]
+    others: tuple[OtherConv, ...] = ()
+    kept: dict[str, str] = field(default_factory=dict)
+    direct: frozenset[str] = frozenset()
 
     @property
     def context(self) -> FakeTensorMode | ExitStack:
@@ -80,22 +95,28 @@ def run(model: nn.Module, inputs: Sequence[Any]) -> Run:
     """
     model = _materialised(model, inputs)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    skeleton = _skeleton(model, lambda tensor: _fake(tensor, mode))
-    # Of a model without memory only the shapes of its inputs count, wherever they are.
-    meta = any(parameter.is_meta for parameter in model.parameters())
-    placed = tree_map_only(Tensor, lambda x: x.to("meta"), tuple(inputs)) if meta else tuple(inputs)
     try:
-        with quietly():
-            return _observed(skeleton, tree_map_only(Tensor, mode.from_tensor, placed), mode)
+        given = tree_map_only(Tensor, mode.from_tensor, placed(model, inputs))
+        return _probed(model, lambda tensor: fake(tensor, mode), given, mode)
     except (DataDependentOutputException, DynamicOutputShapeException):
         pass
+    except ModelError:
+        raise
     except Exception as error:
         raise _does_not_run(model, inputs, error) from error
     try:
-        with quietly():
-            return _observed(_skeleton(model, _stand_in), tree_map_only(Tensor, _stand_in, tuple(inputs)), None)
+        given = tree_map_only(Tensor, stand_in, tuple(inputs))
+        return _probed(model, stand_in, given, None)
+    except ModelError:
+        raise
     except Exception as error:
         raise _does_not_run(model, inputs, error) from error
+
+
+def placed(model: nn.Module, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """The inputs where the model is: of one without memory only their shapes count."""
+    meta = any(parameter.is_meta for parameter in model.parameters())
+    return tree_map_only(Tensor, lambda x: x.to("meta"), tuple(inputs)) if meta else tuple(inputs)
 
 
 def _materialised(model: nn.Module, inputs: Sequence[Any]) -> nn.Module:
@@ -111,9 +132,13 @@ def _materialised(model: nn.Module, inputs: Sequence[Any]) -> nn.Module:
     return copied
 
 
-def _skeleton(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of the module tree in eval mode with ``replace(tensor)`` for parameters and buffers: none is copied."""
-    memo = computed_attributes(model, replace)
+def skeleton_of(model: nn.Module, replace: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy of the module tree in eval mode with ``replace(tensor)`` for parameters and buffers: none is copied.
+
+    ``memo`` is filled with what stands for what, by ``id``.
+    """
+    memo = {} if memo is None else memo
+    memo |= computed_attributes(model, replace)
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if not is_lazy(tensor):
             memo[id(tensor)] = replace(tensor)
@@ -123,7 +148,7 @@ def _skeleton(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn.Modul
         raise ModelError(f"the model cannot be copied, so it cannot be planned: {error}") from error
 
 
-def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+def fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     # Made by hand: ``mode.from_tensor`` describes views and autograd history too, which costs more than the rest.
     made = FakeTensor(mode, torch.empty_like(tensor, device="meta", requires_grad=False), tensor.device)
     # FX follows Parameters only; this is the mark by which torch knows them in subclasses of Tensor.
@@ -131,7 +156,7 @@ def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     return made
 
 
-def _stand_in(tensor: Tensor) -> Tensor:
+def stand_in(tensor: Tensor) -> Tensor:
     """The tensor itself; for one without memory, zeros that take none either."""
     made = tensor
     if tensor.is_meta:
@@ -141,7 +166,7 @@ def _stand_in(tensor: Tensor) -> Tensor:
     return made
 
 
-class _NoProducts(TorchDispatchMode):
+class NoProducts(TorchDispatchMode):
     """Products with stand-in weights are zeros of the right shape: nothing is multiplied."""
 
     _PRODUCTS = frozenset({torch.ops.aten.convolution.default, torch.ops.aten.addmm.default})
@@ -155,113 +180,76 @@ class _NoProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _observed(skeleton: nn.Module, inputs: tuple[Any, ...], mode: FakeTensorMode | None) -> Run:
-    """One forward pass with hooks."""
-    convs = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Conv2d)}
+_ASKED = "the model's forward uses its {}, which only a Conv2d has"
+_UNCALLED = "the model's forward passes it over when it is no Conv2d"
+_HELD = "it is also held by {}, where nothing can be exchanged"
+_ASTRAY = "it is also called from somewhere else (a closure, a global, another object), where the old one would run on"
+
+
+def _probed(
+    model: nn.Module, replace: Callable[[Tensor], Tensor], inputs: tuple[Any, ...], mode: FakeTensorMode | None
+) -> Run:
+    """A pass with stand-ins for all convolutions that can be replaced without the forward noticing."""
+    real = {id(module): name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    held = {
+        real[key]: place.text
+        for key, places in holders(model).items()
+        if key in real
+        for place in places
+        if not place.put
+    }
+    kept = {name: _HELD.format(text) for name, text in held.items()}
+    plain: set[str] = set()
+    tentative: set[str] = set()
+    while True:
+        probes = Probes(skeleton_of(model, replace), {*kept, *plain})
+        try:
+            with quietly():
+                seen, astray = _observed(probes, real, inputs, mode)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            raise
+        except Exception:
+            asked = {name: _ASKED.format(what) for name, what in probes.asked.items()}
+            if not asked and plain.issuperset(real.values()):
+                raise
+            kept |= asked
+            plain |= set() if asked else set(real.values())
+            continue
+        finally:
+            probes.settle()
+        if not kept.keys() >= set(astray):
+            kept |= {name: _ASTRAY for name in astray if name not in kept}
+            continue
+        uncalled = set(real.values()) - seen.calls.keys() - kept.keys() - plain
+        if not uncalled:
+            passed_over = dict.fromkeys(tentative & seen.calls.keys(), _UNCALLED)
+            return dataclasses.replace(seen, kept=kept | passed_over)
+        # Nothing calls them, or nothing calls what is no Conv2d: as they are, they tell.
+        tentative |= uncalled
+        plain |= uncalled
+
+
+def _observed(
+    probes: Probes, real: Mapping[int, str], inputs: tuple[Any, ...], mode: FakeTensorMode | None
+) -> tuple[Run, Collection[str]]:
+    """One forward pass with hooks; and the convolutions that ran although a stand-in had their place."""
+    root = probes.root
+    convs = {name: module for name, module in root.named_modules() if name in probes.names}
     given = tensors(inputs)
     # Detection models take single images, everything else a batch.
     images = given[0].shape[0] if given and given[0].dim() >= 4 else max(1, len(given))
-    watch = _Watch(images)
+    watch = Watch(images)
     owners = {id(p): name for name, module in convs.items() for p in module.parameters(recurse=False)}
-    reads = _ReadsOutside(owners, watch.running)
-    products = mode or _NoProducts()  # type: ignore[no-untyped-call]
-    with _hooked(convs, skeleton, watch), torch.no_grad(), products, reads:
-        skeleton(*inputs)
-    return Run(skeleton, mode, watch.calls, watch.norms, reads.found)
-
-
-class _Watch:
-    """Takes down the calls as the hooks report them."""
-
-    def __init__(self, images: int) -> None:
-        self.images = max(1, images)
-        self.calls: dict[str, Call] = {}
-        self.norms: Counter[str] = Counter()
-        self.running: list[str] = []
-
-    def enter(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.running.append(name)
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        call = self.calls.setdefault(name, Call(len(self.calls)))
-        call.calls += 1
-        if call.input_shape is None and isinstance(x, Tensor):
-            call.input_shape = tuple(int(n) for n in x.shape)
-
-    def leave(self, name: str, out: Any) -> None:
-        self.running.pop()
-        if not isinstance(out, Tensor):
-            return
-        call, shape = self.calls[name], tuple(int(n) for n in out.shape)
-        if call.output_shape is None:
-            call.output_shape = shape
-        # Without a batch there are three dimensions; detection heads run on many regions of an image.
-        maps = shape[0] if len(shape) == 4 else self.images
-        call.positions += shape[-1] * shape[-2] * max(1, round(maps / self.images))
-
-    def count_norm(self, name: str) -> None:
-        self.norms[name] += 1
-
-    def enter_scripted(self, names: Sequence[str]) -> None:
-        """A TorchScript module is opaque: its convolutions are taken to run once each, as they are registered."""
-        for name in names:
-            self.calls.setdefault(name, Call(len(self.calls))).calls += 1
-
-
-@contextmanager
-def _hooked(convs: Mapping[str, nn.Module], root: nn.Module, watch: _Watch) -> Iterator[None]:
-    with ExitStack() as stack:
-        for name, module in convs.items():
-            before = module.register_forward_pre_hook(
-                lambda _, args, kwargs, name=name: watch.enter(name, args, kwargs), with_kwargs=True, prepend=True
-            )
-            after = module.register_forward_hook(lambda _, args, out, name=name: watch.leave(name, out))
-            stack.callback(before.remove)
-            stack.callback(after.remove)
-        for name, module in list(root.named_modules()):
-            if isinstance(module, _BatchNorm) and not isinstance(module, torch.jit.ScriptModule):
-                stack.callback(module.register_forward_pre_hook(lambda *_, name=name: watch.count_norm(name)).remove)
-            for child, part in module.named_children():
-                if isinstance(part, torch.jit.ScriptModule) and not isinstance(module, torch.jit.ScriptModule):
-                    module._modules[child] = _Scripted(part, f"{name}.{child}" if name else child, watch)
-                    stack.callback(module._modules.__setitem__, child, part)
-        yield
-
-
-class _Scripted(nn.Module):
-    """Stands around a TorchScript module, which takes no hooks, and reports its calls."""
-
-    def __init__(self, module: nn.Module, name: str, watch: _Watch) -> None:
-        super().__init__()
-        self.inner, self.watch = module, watch
-        inside = [below for below, part in module.named_modules() if is_scripted_conv(part)]
-        self.convs = [f"{name}.{below}" if below else name for below in inside]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.watch.enter_scripted(self.convs)
-        return self.inner(*args, **kwargs)
-
-
-def is_scripted_conv(module: nn.Module) -> bool:
-    """Whether ``module`` is a Conv2d inside a module compiled by ``torch.jit.script``."""
-    return isinstance(module, torch.jit.ScriptModule) and getattr(module, "original_name", "") == "Conv2d"
-
-
-class _ReadsOutside(TorchFunctionMode):
-    """Notes convolutions whose weight goes into a computation while another module runs."""
-
-    def __init__(self, owners: Mapping[int, str], running: Sequence[str]) -> None:
-        self.owners, self.running, self.found = owners, running, set[str]()
-        super().__init__()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor | tuple | list):  # not the likes of ``weight.dtype``
-            for argument in itertools.chain(args, (kwargs or {}).values()):
-                for value in argument if isinstance(argument, tuple | list) else (argument,):
-                    owner = self.owners.get(id(value))
-                    if owner is not None and owner not in self.running and func.__name__ != "__get__":
-                        self.found.add(owner)
-        return out
+    strays = {**real, **probes.strays}
+    reads = ReadsOutside(owners, watch.running, {**strays, **{id(module): name for name, module in convs.items()}})
+    products = mode or NoProducts()  # type: ignore[no-untyped-call]
+    executed = Executed(root, watch.running, strays, watch.direct)
+    with hooked(convs, root, watch), torch.no_grad(), products, executed, reads:
+        root(*inputs)
+    others = executed.others({name: call.calls for name, call in watch.calls.items()}, watch.scripted)
+    return Run(
+        root, mode, watch.calls, watch.norms, reads.found, others, direct=frozenset(watch.bypassed)
+    ), executed.astray
 
 
 def _does_not_run(model: nn.Module, inputs: Sequence[Any], error: Exception) -> ModelError:

@@ -12,7 +12,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from convsurgery.adapters import adapter_for
 from convsurgery.errors import ModelError
-from convsurgery.geometry import ConvGeometry, Site
+from convsurgery.geometry import ConvGeometry, OtherConv, Site
+from convsurgery.graph.instance import own_method, state_hooks
 from convsurgery.graph.running import Run, is_scripted_conv, run, tensors
 from convsurgery.graph.tracing import Region, followers, owners_read, regions
 
@@ -29,7 +30,8 @@ class Observation:
             alone (reason)".
         input_shapes: of the example inputs, batch included.
         regions: the graphs FX made of the model, or of the parts of it that trace.
-        run: the pass that was observed; None for a model without convolutions, which is not run.
+        run: the pass that was observed; None for a model without Conv2d.
+        others: convolutions that are executed and are no Conv2d of the model.
     """
 
     sites: tuple[Site, ...]
@@ -37,6 +39,7 @@ class Observation:
     input_shapes: tuple[tuple[int, ...], ...]
     regions: tuple[Region, ...] = field(default=(), repr=False, compare=False)
     run: Run | None = field(default=None, repr=False, compare=False)
+    others: tuple[OtherConv, ...] = ()
 
 
 def aliases(model: nn.Module) -> dict[int, tuple[str, ...]]:
@@ -65,12 +68,17 @@ def observe(model: nn.Module, inputs: Sequence[Any]) -> Observation:
         )
     shapes = tuple(tuple(x.shape) for x in tensors(inputs))
     if not any(isinstance(module, nn.Conv2d) or is_scripted_conv(module) for module in model.modules()):
-        return Observation((), "nothing to see", shapes)
+        try:
+            others = run(model, inputs).others
+        except ModelError:  # whatever it takes to run it, there is nothing to be replaced
+            others = ()
+        return Observation((), "nothing to see", shapes, others=others)
     seen = run(model, inputs)
     modules = dict(seen.skeleton.named_modules(remove_duplicate=False))
     graphs, failure = regions(seen.skeleton, seen.context)
     after = dict(followers(graphs, modules))
-    read_outside = seen.read_outside.union(*(owners_read(region) for region in graphs))
+    # FX follows a forward that is called directly, and sees its weight as read.
+    read_outside = seen.read_outside.union(*(owners_read(region) - seen.direct for region in graphs))
     sites = list(_sites(model, seen, read_outside, after))
     order = sorted(sites, key=lambda site: (site.index < 0, site.index))
     if failure is None:
@@ -79,7 +87,7 @@ def observe(model: nn.Module, inputs: Sequence[Any]) -> Observation:
         how = f"hooks, and FX in {len(graphs)} parts (the whole: {failure})"
     else:
         how = f"hooks alone (FX: {failure})"
-    return Observation(tuple(order), how, shapes, graphs, seen)
+    return Observation(tuple(order), how, shapes, graphs, seen, seen.others)
 
 
 def _sites(model: nn.Module, seen: Run, read_outside: set[str], after: Mapping[str, str]) -> Iterator[Site]:
@@ -110,7 +118,7 @@ def _sites(model: nn.Module, seen: Run, read_outside: set[str], after: Mapping[s
             kind=_kind(module),
             dtype=str(module.weight.dtype).removeprefix("torch."),
             batchnorm=batchnorm,
-            blocked=_blocked(module, bool(read_outside.intersection(names))),
+            blocked=_blocked(module, bool(read_outside.intersection(names))) or seen.kept.get(name),
             first=bool(declared.intersection(names)),
             positions=0 if call is None else call.positions,
         )
@@ -157,7 +165,10 @@ def _blocked(module: nn.Module, read_outside: bool) -> str | None:
     if read_outside:
         return "its weight is read outside its own call"
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks):
+    replaced = own_method(module)
+    if replaced is not None:
+        return f"its {replaced} was replaced on this instance; del it, or make a subclass with an adapter"
+    if any(hooks) or state_hooks(module):
         return "it carries hooks; remove them, convert, and register them again"
     if isinstance(module.weight, Tensor) and not module.weight.is_floating_point() and not module.weight.is_complex():
         return f"its weight is {module.weight.dtype}"

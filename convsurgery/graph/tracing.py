@@ -123,6 +123,8 @@ def _leaf_rules() -> tuple[tuple[type[nn.Module], ...], tuple[Any, ...]]:
 
 
 def _quietly(tracer: fx.Tracer, model: nn.Module) -> fx.Graph:
+    if "forward" in vars(model):  # FX would follow that of the class
+        raise TypeError("forward was replaced on the instance")
     # FX warns of what it specialises; the plan says how the model was seen.
     with quietly():
         return tracer.trace(model)

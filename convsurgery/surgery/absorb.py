@@ -25,7 +25,7 @@ def absorb(
     shift: Tensor | None = None,
     *,
     original: nn.Module | None = None,
-    undo: list[Callable[[], None]] | None = None,
+    undo: list[Callable[[], object]] | None = None,
 ) -> float:
     """Make ``norm`` give on r·(y − s) what ``original`` gives on y, for r and s per channel, (C,); its new epsilon.
 

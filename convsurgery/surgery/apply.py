@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +16,17 @@ from torch import Tensor, nn
 from convsurgery.adapters import adapter_for
 from convsurgery.errors import ConversionError
 from convsurgery.geometry import ConvGeometry, Site
-from convsurgery.graph import aliases, copy_model
+from convsurgery.graph import Place, aliases, copy_model, holders, own_attributes
 from convsurgery.operators import Blend, Built, OperatorConfig, Start
 from convsurgery.surgery.absorb import absorb, can_absorb
+from convsurgery.surgery.check import Placed, carry_attributes, check_calls
 from convsurgery.surgery.plan import Entry, Plan
-from convsurgery.surgery.record import add_to_record
+from convsurgery.surgery.record import add_to_record, record, restore_record
 from convsurgery.surgery.rewrite import chain_edit, owner_edits, rewritten
 
-__all__ = ["apply", "apply_", "build_layer"]
+__all__ = ["Undo", "apply", "apply_", "build_layer"]
+
+Undo = list[Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -34,20 +39,45 @@ class _Replacement:
     norm: tuple[nn.Module, Tensor] | None
 
 
-def apply(model: nn.Module, plan: Plan) -> nn.Module:
+def apply(model: nn.Module, plan: Plan, *, example_inputs: Sequence[Any] | None = None) -> nn.Module:
     """A converted copy of ``model``; the model itself is not touched.
 
+    Args:
+        model: the one ``plan`` was made for, or one built alike.
+        plan: what to do.
+        example_inputs: the forward's positional arguments, on which one pass without weights shows that the new layers
+            are what runs; by default the model's usual ones, or tensors of the plan's shapes.
+
     Raises:
-        ConversionError: when the plan was made for another model, or a weight is not finite; names the layer.
+        ConversionError: when the plan was made for another model, a weight is not finite, or the forward does not call
+            a new layer as often as it called what was there; names the layer.
     """
-    return apply_(copy_model(model), plan)
+    copied = copy_model(model)
+    if copied is model:
+        raise ConversionError(f"{type(model).__name__} gives itself for its copy (__deepcopy__): convert it in place")
+    return apply_(copied, plan, example_inputs=example_inputs)
 
 
-def apply_(model: nn.Module, plan: Plan) -> nn.Module:
+def apply_(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    then: Callable[[nn.Module, Undo], object] | None = None,
+    quiet: bool = False,
+) -> nn.Module:
     """Convert ``model`` itself and return it; on any error it is as before.
 
     A model that *is* a convolution cannot be changed into another class: the replacement is returned instead.
-    Raises as :func:`apply`.
+
+    Args:
+        model, plan, example_inputs: as for :func:`apply`.
+        then: called with the converted model, and a list to which it adds what undoes its own changes; where it
+            raises, all is as before.
+        quiet: not to warn where the calls could not be checked.
+
+    Raises:
+        As :func:`apply`.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     names = aliases(model)
@@ -57,31 +87,50 @@ def apply_(model: nn.Module, plan: Plan) -> nn.Module:
         _check_block(entry, modules)
     chains = [chain_edit(entry, modules) for entry in blocks if entry.block and entry.block.chain]
     owners = owner_edits((entry for entry in blocks if entry.block and not entry.block.chain), modules)
-    undo: list[Callable[[], None]] = []
+    undo: Undo = []
     norms: dict[str, float] = {}
-    root = model
+    root, before = model, record(model)
+    held = holders(model)
     try:
         for item in single:
-            root = _put(modules, item.names, item.new, root, undo)
+            root = _put(modules, item.names, item.new, root, undo, held)
             if item.norm is not None:
                 norms[str(item.entry.site.batchnorm)] = absorb(*item.norm, undo=undo)
         for chain in chains:
             for name, new in chain.modules.items():
-                root = _put(modules, names[id(modules[name])], new, root, undo)
+                root = _put(modules, names[id(modules[name])], new, root, undo, held)
         # The deepest come first, so that an owner is rewritten with its children as they will be.
         for edit in owners:
             for member in edit.left:
-                root = _put(modules, names[id(modules[member])], nn.Identity(), root, undo)
+                root = _put(modules, names[id(modules[member])], nn.Identity(), root, undo, held)
             twin = rewritten(modules[edit.owner], edit)
-            root = _put(modules, names[id(modules[edit.owner])], twin, root, undo)
+            root = _put(modules, names[id(modules[edit.owner])], twin, root, undo, held)
+        gained = [module for edit in owners for module in edit.gained.values()]
+        _keep_whole([*(item.new for item in single), *gained])
+        placed = [Placed(item.new, item.entry.site.label, item.entry.site.calls) for item in single]
+        placed += [
+            Placed(chain.modules[chain.block.members[0]], entry.site.label, entry.site.calls)
+            for chain in chains
+            for entry in blocks
+            if entry.block is chain.block
+        ]
+        placed += [Placed(module, f"{edit.owner}.{name}", 1) for edit in owners for name, module in edit.gained.items()]
+        old = {name: modules[name] for entry in plan.edits for name in _taken(entry) if name in modules}
+        check_calls(root, plan, placed, old, example_inputs, quiet=quiet)
+        undo.append(lambda: restore_record(model, before))
+        add_to_record(root, plan, norms, before=model)
+        if then is not None:
+            then(root, undo)
     except BaseException:
         for step in reversed(undo):
             step()
         raise
-    gained = [module for edit in owners for module in edit.gained.values()]
-    _keep_whole([*(item.new for item in single), *gained])
-    add_to_record(root, plan, norms, before=model)
     return root
+
+
+def _taken(entry: Entry) -> tuple[str, ...]:
+    """The modules that an edit takes out."""
+    return (entry.site.name,) if entry.block is None else entry.block.members
 
 
 def _put(
@@ -89,9 +138,18 @@ def _put(
     names: tuple[str, ...],
     new: nn.Module,
     root: nn.Module,
-    undo: list[Callable[[], None]],
+    undo: Undo,
+    held: Mapping[int, Sequence[Place]],
 ) -> nn.Module:
-    """Set ``new`` at all ``names``; returns the root, which it is itself where the root is replaced."""
+    """Set ``new`` at all ``names`` and places; returns the root, which it is itself where the root is replaced."""
+    for place in held.get(id(modules[names[0]]), ()):
+        if place.put is None:
+            raise ConversionError(
+                f"{names[0] or 'the model'} is also held by {place.text}, where nothing can be exchanged; nothing was "
+                "converted"
+            )
+        undo.append(functools.partial(place.put, place.get()))
+        place.put(new)
     for name in names:
         parent, _, child = name.rpartition(".")
         if name:
@@ -131,6 +189,7 @@ def _replacement(entry: Entry, modules: dict[str, nn.Module], names: dict[int, t
         raise ConversionError(f"the plan is for another model: there is no BatchNorm at {site.batchnorm!r:.80}")
     norm = modules.get(site.batchnorm) if entry.absorb and site.batchnorm else None
     blended = start.name == "blend"
+    own = own_attributes(conv)
     # Beside its convolution an operator has weights of its own.
     model = copy.deepcopy(conv) if blended else conv
     begin = config.blended_start(site) if blended else start
@@ -138,6 +197,7 @@ def _replacement(entry: Entry, modules: dict[str, nn.Module], names: dict[int, t
     new = built.module
     if blended and start.value != 1:
         new = Blend(conv, new, start.value or 0.0, site=site.name)
+    carry_attributes(own, new, site.label)
     absorbed = None if norm is None or built.residual is None else (norm, built.residual)
     return _Replacement(entry, names[id(conv)], new, absorbed)
 
@@ -171,7 +231,7 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def _set(parent: nn.Module, name: str, new: nn.Module, undo: list[Callable[[], None]]) -> None:
+def _set(parent: nn.Module, name: str, new: nn.Module, undo: Undo) -> None:
     old = parent._modules[name]
     undo.append(lambda: parent._modules.__setitem__(name, old))
     parent._modules[name] = new

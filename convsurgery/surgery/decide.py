@@ -64,7 +64,7 @@ class _Decision:
             raise self._no_match()
         entries = tuple(self.entries.get(site.name) or _untaken(site) for site in self.seen.sites)
         seen, notes = self.seen, (*self.notes, *_fallen_away(entries))
-        return Plan(model, str(self.rules), seen.seen, seen.input_shapes, entries, total_params, notes)
+        return Plan(model, str(self.rules), seen.seen, seen.input_shapes, entries, total_params, notes, seen.others)
 
     def _take_sites(self, number: int, rule: Rule) -> None:
         config = self.configs[number]
@@ -168,7 +168,8 @@ class _Decision:
     def _no_match(self) -> NoMatchError:
         """The error for rules that take nothing: the nearest misses first (fewest failed wishes)."""
         if not self.seen.sites:
-            return NoMatchError("the model has no Conv2d", str(self.rules))
+            hint = "what it has instead:\n" + "\n".join(f"  {other}" for other in self.seen.others)
+            return NoMatchError("the model has no Conv2d", str(self.rules), hint=hint if self.seen.others else "")
         shown = list(dict.fromkeys(f"  {label}: {reason}" for _, _, label, reason in sorted(self.misses)))
         more = [f"  … and {len(shown) - 5} more"] if len(shown) > 5 else []
         hint = "near misses:\n" + "\n".join(shown[:5] + more) if shown else "nothing in the model looks like it"

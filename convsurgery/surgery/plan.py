@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from convsurgery.errors import RuleError, StorageError
-from convsurgery.geometry import Block, Cost, Site
+from convsurgery.geometry import Block, Cost, OtherConv, Site
 from convsurgery.operators import OperatorConfig, Start, bind
 from convsurgery.plain import from_plain, parse_json
 from convsurgery.rules import parse_target
@@ -77,6 +77,8 @@ class Plan:
         entries: one for each Conv2d, in execution order.
         total_params: trainable parameters of the whole model before.
         notes: what else there is to say, such as blocks that overlap with others.
+        others: convolutions that a forward pass executes and that are no Conv2d of the model, so that no rule can take
+            them.
     """
 
     model: str
@@ -86,6 +88,12 @@ class Plan:
     entries: tuple[Entry, ...]
     total_params: int
     notes: tuple[str, ...] = ()
+    others: tuple[OtherConv, ...] = ()
+
+    @property
+    def executed(self) -> int:
+        """How many convolutions one forward pass executes: the calls of all entries, and the others."""
+        return sum(entry.site.calls for entry in self.entries) + sum(other.calls for other in self.others)
 
     @property
     def edits(self) -> tuple[Entry, ...]:
@@ -145,6 +153,7 @@ class Plan:
             for entry in self.entries
         ]
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain["others"] = [dataclasses.asdict(other) for other in self.others]
         result: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **plain, "entries": entries}))
         return result
 

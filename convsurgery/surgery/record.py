@@ -11,7 +11,7 @@ from torch import nn
 from convsurgery.operators import Start
 from convsurgery.surgery.plan import Entry, Plan
 
-__all__ = ["Record", "add_to_record", "record", "set_record", "unwrap"]
+__all__ = ["Record", "add_to_record", "record", "restore_record", "set_record", "unwrap"]
 
 _ATTRIBUTE = "_convsurgery_record"
 
@@ -64,6 +64,14 @@ def record(model: nn.Module) -> Record | None:
 
 def set_record(model: nn.Module, value: Record) -> None:
     object.__setattr__(model, _ATTRIBUTE, value)
+
+
+def restore_record(model: nn.Module, value: Record | None) -> None:
+    """Set the record back; None for a model that had none."""
+    if value is not None:
+        set_record(model, value)
+    else:
+        vars(model).pop(_ATTRIBUTE, None)
 
 
 def add_to_record(model: nn.Module, plan: Plan, norms: Mapping[str, float], before: nn.Module) -> None:

@@ -210,7 +210,7 @@ def _converted(folder: Path, config: Mapping[str, Any], model: nn.Module, plans:
     """The base with everything done to it that was done before it was saved, but for the weights."""
     try:
         for plan in plans:
-            model = apply_(model, plan)
+            model = apply_(model, plan, quiet=True)
         modules = dict(model.named_modules())
         for name, eps in config["norms"].items():
             if name not in modules:

@@ -128,6 +128,9 @@ def _caption(plan: Plan) -> tuple[str, str]:
     head = f"{plan.model} at {shape}: {replaced} of {len(plan.entries)} convolutions are replaced"
     if blocks:
         head += f", {inside} of them in {len(blocks)} block{'s' * (len(blocks) > 1)}"
+    others = sum(other.calls for other in plan.others)
+    if others:
+        head += f", {others} more {'is' if others == 1 else 'are'} no Conv2d"
     untaken = [entry for entry in plan.entries if entry.rule is None]
     unreached = sum(entry.site.index < 0 for entry in untaken)
     if len(untaken) > unreached:
@@ -138,7 +141,7 @@ def _caption(plan: Plan) -> tuple[str, str]:
     total = plan.total_params
     change = _change(total, total + after.params - before.params)
     foot = f"parameters {change} · MACs in convolutions {_change(before.macs, after.macs)}"
-    return head, "\n".join([*_starts(plan), *_notes(plan), f"seen by {plan.seen}", foot])
+    return head, "\n".join([*_starts(plan), *_notes(plan), *map(str, plan.others), f"seen by {plan.seen}", foot])
 
 
 def _notes(plan: Plan, most: int = 3) -> list[str]:
