@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from convsurgery import api, zoo
@@ -73,14 +74,40 @@ def _planned(model: nn.Module) -> dict[str, Any]:
         "uncalled": len(plan.entries) - len(called),
         "planned": len(plan.edits),
         "skipped": dict(Counter(str(entry.reason) for entry in plan.skips)),
+        "others": {f"{other.kind} in {other.owner}": other.calls for other in plan.others},
         "seen": plan.seen,
         "plan_seconds": plan_seconds,
+        **_executed(model, zoo.example_inputs(model), plan),
     }
     try:
         found["trace_seconds"] = _median(lambda: get_graph_node_names(model))
     except Exception:  # what FX cannot trace has no time to compare with
         found["trace_seconds"] = None
     return found
+
+
+class _Convolutions(TorchDispatchMode):
+    """Counts what torch itself dispatches, whoever asked for it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.convolution.default or "deform_conv2d" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def _executed(model: nn.Module, inputs: Any, plan: Plan) -> dict[str, Any]:
+    """What a forward of the model itself executes, against what the plan says; nothing where it does not run."""
+    counting = _Convolutions()
+    placed = tree_map_only(Tensor, lambda x: x.to(next(model.parameters()).device), tuple(inputs))
+    try:
+        with torch.no_grad(), counting:
+            model(*placed)
+    except Exception:  # what depends on values does not run without them; it is counted when it has weights
+        return {}
+    return {"executed": counting.count, "explained": counting.count == plan.executed}
 
 
 def _median(work: Callable[[], Any]) -> float:
@@ -114,6 +141,7 @@ def _converted(name: str, size: int | None, inputs: Any, checks: Sequence[str], 
     plan = api.plan(model, NULL, example_inputs=inputs)
     listed = [(entry.site.name, entry.site.calls) for entry in plan.entries if entry.site.index >= 0]
     values["listed"] = listed == list(Counter(calls).items())
+    values |= _executed(model, inputs, plan)
     apply_(model, plan)
     values["null_equal"] = _equal(before, _forward(model, inputs))
     values["state_equal"] = _same_state(state, model)

@@ -25,6 +25,7 @@ def _totals(rows: Sequence[Row]) -> list[tuple[str, str]]:
     errors = sorted(row.relative_error for row in poly if row.relative_error is not None)
     top1 = [row for row in poly if row.top1_kept is not None]
     skipped = sum((Counter(row.skipped) for row in with_convs), Counter[str]())
+    others = sum((Counter(row.others) for row in with_convs), Counter[str]())
     lines = [
         ("architectures", f"{len(rows):,}"),
         ("with Conv2d", f"{len(with_convs):,}"),
@@ -33,6 +34,12 @@ def _totals(rows: Sequence[Row]) -> list[tuple[str, str]]:
         ("called by none", f"{sum(r.uncalled for r in rows):,}"),
         ("planned under all-conv->conv", f"{sum(r.planned for r in rows):,}"),
         *((f"skipped: {reason}", f"{number:,}") for reason, number in skipped.most_common()),
+        ("convolutions executed, of every kind", f"{sum(r.executed or 0 for r in with_convs):,}"),
+        *((f"explained: {kind}", f"{number:,}") for kind, number in others.most_common()),
+        (
+            "architectures where executed = listed + explained",
+            f"{sum(bool(r.explained) for r in with_convs):,} of {sum(r.explained is not None for r in with_convs):,}",
+        ),
         ("architectures FX traces as a whole", f"{sum(r.seen == 'FX and hooks' for r in with_convs):,}"),
     ]
     if weighed:

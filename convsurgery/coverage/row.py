@@ -36,6 +36,9 @@ class Row:
         checks: what was asked for, of :data:`CHECKS`.
         convolutions: Conv2d modules; ``visible`` are called by a forward, ``uncalled`` by none.
         planned: replaced under ``all-conv->conv``; ``skipped`` gives the reasons for the others, with counts.
+        executed: convolutions that a forward executes, of every kind, counted where torch dispatches them.
+        explained: whether that is what the plan says: calls of the Conv2d it lists, and ``others`` by kind and owner.
+            None where it could not be counted.
         seen: how it was seen.
         plan_seconds, trace_seconds: planning, and timm's own FX trace of the same model; medians of three.
         unfit: why the model was not built with weights, or None.
@@ -65,6 +68,9 @@ class Row:
     uncalled: int = 0
     planned: int = 0
     skipped: Mapping[str, int] = field(default_factory=dict)
+    executed: int | None = None
+    others: Mapping[str, int] = field(default_factory=dict)
+    explained: bool | None = None
     seen: str = ""
     plan_seconds: float | None = None
     trace_seconds: float | None = None
@@ -110,6 +116,7 @@ class Row:
 
 
 _PROMISES = {
+    "explained": "a convolution is executed that the plan neither lists nor explains",
     "listed": "a convolution is called that the plan does not list so",
     "finite": "the model itself gives values that are not finite",
     "null_equal": "the output changes under the null rule",
