@@ -133,6 +133,7 @@ class Site:
         dtype: of the weight, as torch names it ("float32").
         batchnorm: name of the BatchNorm2d that alone consumes this convolution's output, if any.
         blocked: why the module cannot be replaced whatever the operator, or None.
+        tied: names of other modules that hold a parameter of it too.
         first: whether the model itself declares it a first convolution (timm's ``pretrained_cfg["first_conv"]``).
     """
 
@@ -149,6 +150,7 @@ class Site:
     blocked: str | None = None
     first: bool = False
     positions: int = 0
+    tied: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

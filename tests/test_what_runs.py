@@ -522,3 +522,29 @@ def test_holders_end_on_what_is_large_or_round() -> None:
     model.deep = deep
     assert holders(model) == {}
     assert observe(model.eval(), (X,)).sites[0].blocked is None
+
+
+@pytest.mark.parametrize("rule", ["all-conv->pnn", "all-conv->lbc", "all-conv->linear-mix(extend=true) by project"])
+def test_an_optimiser_made_before_is_told(rule: str) -> None:
+    model = seeded(Pair)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="an optimiser made before the conversion"):
+        cs.convert_(model, rule, example_inputs=X)
+    assert optimiser.param_groups
+
+
+@pytest.mark.parametrize("rule", ["all-conv->conv", "all-conv->kerv-linear", "all-conv->kerv-gauss by copy"])
+def test_an_optimiser_made_before_goes_on(rule: str, recwarn: pytest.WarningsRecorder) -> None:
+    model = seeded(Pair)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    cs.convert_(model, rule, example_inputs=X)
+    assert not recwarn.list
+    before = model.a.weight.detach().clone()
+    model(X).square().sum().backward()
+    optimiser.step()
+    assert not torch.equal(model.a.weight, before)
+
+
+def test_no_optimiser_no_word(recwarn: pytest.WarningsRecorder) -> None:
+    cs.convert_(seeded(Pair), "all-conv->pnn", example_inputs=X)
+    assert not recwarn.list

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from convsurgery.adapt.fitting import FitOptions, LayerFit
 from convsurgery.adapt.images import calibration_images
 from convsurgery.api.choosing import auto
 from convsurgery.api.planning import Inputs, inputs_for, look
-from convsurgery.errors import ConversionError
+from convsurgery.errors import ConversionError, warn
 from convsurgery.operators import Start
 from convsurgery.rules import RulesLike, as_rules
 from convsurgery.surgery import Plan, apply, apply_, record
@@ -71,13 +72,38 @@ def convert_(
 ) -> nn.Module:
     """As :func:`convert`, in place: ``model`` itself is changed and returned; on an error it is as it was.
 
-    The Parameter objects are kept, so that an optimiser made before goes on to work. A model that *is* a Conv2d cannot
-    become another class: use the return value.
+    The Parameter objects that stay are the very ones; operators with weights of their own (pnn, lbc, linear-mix, what
+    is learnable) bring new ones, which an optimiser made before does not know: a warning says so. A model that *is* a
+    Conv2d cannot become another class: use the return value.
     """
     # What is fitted or chosen is on a copy, so that data that fails leaves the model as it was.
     made, trial = _trial(model, rule, example_inputs, start, calibration, on_layer)
     inputs = inputs_for(model, example_inputs)
-    return apply_(model, made, example_inputs=inputs, then=None if trial is None else partial(_take_fits, made, trial))
+    before = {id(parameter): name for name, parameter in model.named_parameters()}
+    kept = list(model.parameters())
+    new = apply_(model, made, example_inputs=inputs, then=None if trial is None else partial(_take_fits, made, trial))
+    _tell_optimisers(before, kept, new)
+    return new
+
+
+def _tell_optimisers(before: dict[int, str], kept: list[nn.Parameter], new: nn.Module) -> None:
+    """Warn where an optimiser made before trains what is no longer in the model, or does not know what is new in it."""
+    now = {id(parameter): name for name, parameter in new.named_parameters()}
+    gone = [parameter for parameter in kept if id(parameter) not in now]
+    fresh = [name for key, name in now.items() if key not in before]
+    if not gone and not fresh:
+        return
+    # A group of an optimiser is a dictionary with a list of Parameters; nothing else tells of optimisers.
+    lists = [held for held in gc.get_referrers(*kept) if type(held) is list and held is not kept and held is not gone]
+    groups = [item for item in gc.get_referrers(*lists) if type(item) is dict and "lr" in item] if lists else []
+    known = {id(parameter) for group in groups for parameter in group.get("params", ())}
+    unknown = [name for name in fresh if id(new.get_parameter(name)) not in known]
+    if groups and (unknown or gone):
+        what = f"new: {', '.join(unknown[:3])}" if unknown else f"gone: {before[id(gone[0])]}"
+        warn(
+            f"an optimiser made before the conversion does not have the model's parameters any more ({what}): "
+            "make it anew, or add_param_group"
+        )
 
 
 def _take_fits(made: Plan, trial: nn.Module, new: nn.Module, undo: Undo) -> None:

@@ -4,7 +4,7 @@ from convsurgery.graph.blocks import Candidate, find_blocks
 from convsurgery.graph.calls import count_calls
 from convsurgery.graph.copying import copy_model
 from convsurgery.graph.holders import Place, holders
-from convsurgery.graph.instance import own_attributes
+from convsurgery.graph.instance import own_attributes, own_method
 from convsurgery.graph.sites import Observation, aliases, observe
 from convsurgery.graph.templates import Template
 from convsurgery.graph.tracing import Region, followers, regions, trace, trace_owner
@@ -23,6 +23,7 @@ __all__ = [
     "holders",
     "observe",
     "own_attributes",
+    "own_method",
     "regions",
     "trace",
     "trace_owner",

@@ -96,6 +96,11 @@ def _sites(model: nn.Module, seen: Run, read_outside: set[str], after: Mapping[s
     classes = {name: type(module).__name__ for name, module in model.named_modules(remove_duplicate=False)}
     fakes = dict(seen.skeleton.named_modules(remove_duplicate=False))
     norm_names = aliases(seen.skeleton)
+    holding: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holding.setdefault(id(parameter), []).append(name)
     for name, module in model.named_modules():
         if not isinstance(module, nn.Conv2d) and not is_scripted_conv(module):
             continue
@@ -121,7 +126,13 @@ def _sites(model: nn.Module, seen: Run, read_outside: set[str], after: Mapping[s
             blocked=_blocked(module, bool(read_outside.intersection(names))) or seen.kept.get(name),
             first=bool(declared.intersection(names)),
             positions=0 if call is None else call.positions,
+            tied=_tied(module, name, holding),
         )
+
+
+def _tied(module: nn.Module, name: str, holding: Mapping[int, Sequence[str]]) -> tuple[str, ...]:
+    own = (parameter for parameter in module._parameters.values() if parameter is not None)
+    return tuple(dict.fromkeys(other for p in own for other in holding[id(p)] if other != name))
 
 
 def _norm_calls(name: str, seen: Run, modules: Mapping[str, nn.Module], names: Mapping[int, tuple[str, ...]]) -> int:

@@ -63,7 +63,7 @@ class _Decision:
         if not self.entries:
             raise self._no_match()
         entries = tuple(self.entries.get(site.name) or _untaken(site) for site in self.seen.sites)
-        seen, notes = self.seen, (*self.notes, *_fallen_away(entries))
+        seen, notes = self.seen, (*self.notes, *_untied(entries), *_fallen_away(entries))
         return Plan(model, str(self.rules), seen.seen, seen.input_shapes, entries, total_params, notes, seen.others)
 
     def _take_sites(self, number: int, rule: Rule) -> None:
@@ -178,6 +178,24 @@ class _Decision:
             hint += f"\npatterns are found where FX traces; the model was seen by {self.seen.seen}"
         message = "no part of the model matches" if structural else "no convolution matches"
         return NoMatchError(message, str(self.rules), 0, len(str(self.rules)), hint=hint)
+
+
+#: starts that take the convolution's own Parameter objects over
+_KEEPING = ("neutral", "copy")
+
+
+def _untied(entries: tuple[Entry, ...]) -> list[str]:
+    """Parameters that several modules share, and that an operator with weights of its own parts."""
+    said: dict[frozenset[str], str] = {}
+    for entry in entries:
+        if entry.site.tied and entry.config is not None and entry.start and entry.start.name not in _KEEPING:
+            sharing = (entry.site.name, *entry.site.tied)
+            said.setdefault(
+                frozenset(sharing),
+                f"{' and '.join(sharing)} share their filters; as {entry.config} "
+                f"{entry.site.label} has weights of its own",
+            )
+    return list(said.values())
 
 
 def _fallen_away(entries: tuple[Entry, ...]) -> list[str]:

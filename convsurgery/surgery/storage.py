@@ -5,7 +5,6 @@ Nothing in a folder is executed, fetched, or used as a path. What is read is hel
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -15,24 +14,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from convsurgery import models as models  # its networks may be what is loaded
 from convsurgery import zoo
 from convsurgery.errors import ConvSurgeryError, ModelError, StorageError, warn
-from convsurgery.files import is_folder_with, locked, member, read_json, staging, with_usual_mode
+from convsurgery.files import is_folder_with, locked, staging, with_usual_mode
 from convsurgery.graph import copy_model
 from convsurgery.surgery.apply import apply_
+from convsurgery.surgery.folder import CONFIG, FORMAT, WEIGHTS, digest_of, pending, read_config, weights_of
 from convsurgery.surgery.fuse import fuse
 from convsurgery.surgery.plan import Plan
+from convsurgery.surgery.rebuilt import difference, wrapped_inside
 from convsurgery.surgery.record import Record, record, set_record, unwrap
 from convsurgery.surgery.weights import describe, digest, header, load_weights
 
 __all__ = ["CONFIG", "FORMAT", "WEIGHTS", "load", "load_weights", "named_folder", "read_weights_of", "save"]
-
-FORMAT = 1
-CONFIG = "convsurgery.json"
-WEIGHTS = "model.safetensors"
 
 
 def named_folder(text: str) -> tuple[Path | None, str]:
@@ -53,8 +51,18 @@ def named_folder(text: str) -> tuple[Path | None, str]:
     return Path(text), f"{text} is taken as the saved model in ./{text}"
 
 
-def save(model: nn.Module, directory: str | os.PathLike[str], *, base: str | zoo.Base | None = None) -> Path:
+def save(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    base: str | zoo.Base | None = None,
+    check: bool = True,
+) -> Path:
     """Write ``model`` as a folder that :func:`load` reads back, bit for bit, buffers and shared tensors included.
+
+    Before the folder appears it is read back once and compared with ``model``, the output on a random input included.
+    Where what is built again is another model (somebody hung a hook on it, or exchanged a part), the folder says that
+    its base has to be given to ``load``, and a warning says so at once.
 
     Args:
         model: converted or not; also wrapped by DistributedDataParallel or ``torch.compile``.
@@ -63,14 +71,23 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, base: str | zoo
         base: the timm or torchvision model it was built from. Found out by itself for models built by name, by
             ``timm.create_model`` or by a torchvision builder. A model of the user's own class has none: ``load`` then
             asks for one.
+        check: whether to read it back; False where the same model is saved again and again, as in training.
 
     Returns:
         The folder's path.
 
     Raises:
-        StorageError: when the folder cannot be written, or a weight is NaN.
+        StorageError: when the folder cannot be written, a weight is NaN, or ``model`` has what no folder holds: extra
+            state that is no tensor, or a converted model inside.
     """
     model = unwrap(model)
+    inner = None if record(model) else wrapped_inside(model)
+    if inner is not None:
+        raise StorageError(
+            f"{type(model).__name__} holds a converted model as {inner!r}, and only a converted model itself can be "
+            f"saved: save(model.{inner}, …)"
+        )
+    _check_state(model)
     done = record(model) or Record(())
     known = zoo.Base(base) if isinstance(base, str) else base or zoo.identify(model, ignore=_changed(done))
     config: dict[str, Any] = {
@@ -96,17 +113,64 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, base: str | zoo
             whole.mkdir()
             _write_weights(model, whole / WEIGHTS)
             with_usual_mode(whole / WEIGHTS)
-            config["weights"] = {**describe(model, whole / WEIGHTS), "config": _digest_of(config)}
-            (whole / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
+            described = describe(model, whole / WEIGHTS)
+            _write_config(config, described, whole)
+            reason = _why_not(model, whole) if check and config["base"] is not None else None
+            if reason is not None:
+                config |= {"base": None, "reason": reason}
+                _write_config(config, described, whole)
+            if config["base"] is None and check:
+                warn(_needed(folder, config))
             if new:
                 os.rename(whole, folder)
             else:
-                _commit(whole, folder, config["weights"]["sha256"])
+                _commit(whole, folder, described["sha256"])
     except StorageError:
         raise
     except Exception as error:  # a full disk surfaces as whatever the writer of weights makes of it
         raise StorageError(f"cannot save to {folder}: {error}") from error
     return folder
+
+
+def _write_config(config: Mapping[str, Any], described: Mapping[str, Any], whole: Path) -> None:
+    content = {**config, "weights": {**described, "config": digest_of(config)}}
+    (whole / CONFIG).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _why_not(model: nn.Module, whole: Path) -> str | None:
+    """Why the folder that was just written does not give ``model`` again."""
+    try:
+        with torch.random.fork_rng(devices=[]):  # a model is built with random weights first
+            loaded = _load(whole, None)
+    except ConvSurgeryError as error:
+        return re.sub(r"\s+", " ", str(error).replace(f"{whole}{os.sep}", ""))[:500]
+    return difference(model, loaded)
+
+
+def _needed(folder: Path, config: Mapping[str, Any]) -> str:
+    """What to give to ``load``."""
+    reason = config.get("reason") or f"{config['class']} is built by no name of timm or torchvision that fits"
+    return f"{folder} does not say what it was built from: load({str(folder)!r}, base=the unconverted model). {reason}"
+
+
+def _check_state(model: nn.Module) -> None:
+    """What ``state_dict`` gives is tensors, and all that the modules have."""
+    state = model.state_dict(keep_vars=True)
+    strange = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
+    if strange is not None:
+        raise StorageError(
+            f"{strange} is a {type(state[strange]).__name__}, no tensor (get_extra_state), "
+            "and a folder holds tensors only"
+        )
+    for name, module in model.named_modules():
+        kept = [key for key in module._buffers if key not in module._non_persistent_buffers_set]
+        for key in (*module._parameters, *kept):
+            whole = f"{name}.{key}" if name else key
+            if getattr(module, key, None) is not None and whole not in state:
+                raise StorageError(
+                    f"state_dict leaves out {whole}: a state_dict hook changes it. Remove the hook, save, and register "
+                    "it again"
+                )
 
 
 def _changed(done: Record) -> set[str]:
@@ -125,12 +189,6 @@ def _write_weights(model: nn.Module, path: Path) -> None:
     save_model(model, str(path), metadata={"format": "pt"})
 
 
-def _digest_of(config: Mapping[str, Any]) -> str:
-    """SHA-256 of everything that ``convsurgery.json`` says, but for what it says of the weights and of itself."""
-    rest = {key: value for key, value in config.items() if key != "weights"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
 def _commit(whole: Path, folder: Path, sha256: str) -> None:
     """Let the two files take the place of earlier ones, so that ``load`` finds a pair at any moment.
 
@@ -142,16 +200,12 @@ def _commit(whole: Path, folder: Path, sha256: str) -> None:
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise StorageError(f"cannot save to {folder}: {name} there is no regular file of its own")
     with locked(folder):
-        pending = folder / _pending(sha256)
-        os.replace(whole / WEIGHTS, pending)
+        new = folder / pending(sha256)
+        os.replace(whole / WEIGHTS, new)
         os.replace(whole / CONFIG, folder / CONFIG)
-        os.replace(pending, folder / WEIGHTS)
+        os.replace(new, folder / WEIGHTS)
         for left in folder.glob(f".{WEIGHTS}.*"):
             left.unlink()
-
-
-def _pending(sha256: str) -> str:
-    return f".{WEIGHTS}.{sha256[:16]}"
 
 
 def load(directory: str | os.PathLike[str], *, base: nn.Module | None = None) -> nn.Module:
@@ -175,12 +229,12 @@ def load(directory: str | os.PathLike[str], *, base: nn.Module | None = None) ->
 
 
 def _load(folder: Path, base: nn.Module | None) -> nn.Module:
-    config = _read_config(folder)
+    config = read_config(folder)
     try:
         plans = tuple(map(Plan.from_dict, config["plans"]))
     except StorageError as error:
         raise StorageError(f"{folder / CONFIG}: {error}") from error
-    weights = _weights(folder, config)
+    weights = weights_of(folder, config)
     held = header(weights)
     with _budget(held):
         model: nn.Module = _base(folder, config, base, held, plans)
@@ -194,7 +248,7 @@ def _load(folder: Path, base: nn.Module | None) -> nn.Module:
             f"{weights} is not the file that was saved: its SHA-256 is not the one {CONFIG} says. It was damaged or "
             "exchanged; nothing was loaded"
         )
-    elif config["weights"]["config"] != _digest_of(config):
+    elif config["weights"]["config"] != digest_of(config):
         raise StorageError(f"{folder / CONFIG} was changed after it was saved: its SHA-256 is not the one that it says")
     frozen, names = set(config["frozen"]), {name for name, _ in model.named_parameters()}
     if strange := sorted(frozen - names):
@@ -239,91 +293,11 @@ def read_weights_of(folder: Path) -> tuple[Path, Mapping[str, Any] | None]:
     Raises:
         StorageError: as :func:`load`.
     """
-    config = _read_config(folder)
-    path, described = _weights(folder, config), config.get("weights")
+    config = read_config(folder)
+    path, described = weights_of(folder, config), config.get("weights")
     if described is not None and digest(path) != described["sha256"]:
         raise StorageError(f"{path} is not the file that was saved: its SHA-256 is not the one {CONFIG} says")
     return path, described
-
-
-def _weights(folder: Path, config: Mapping[str, Any]) -> Path:
-    """The file of weights that belongs to ``config``: of a save that was cut off it still has its other name."""
-    described = config.get("weights")
-    usual = folder / WEIGHTS
-    if described is not None:
-        pending = folder / _pending(described["sha256"])
-        if os.path.lexists(pending) and digest(member(folder, pending.name)) == described["sha256"]:
-            return pending
-    return member(folder, usual.name)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise StorageError(f"there is no folder {folder}")
-    waiting = any(folder.glob(f".{WEIGHTS}.*"))
-    missing = [
-        name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file() and not (name == WEIGHTS and waiting)
-    ]
-    if missing:
-        found = sorted(path.name for path in folder.iterdir())[:8]
-        raise StorageError(f"{folder} is not a saved model: {' and '.join(missing)} missing; it holds {found}")
-    path = member(folder, CONFIG)
-    config = read_json(path)
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        version = config.get("format") if isinstance(config, dict) else None
-        raise StorageError(f"{path} has format {version!r:.80}; this version of convsurgery reads {FORMAT}")
-    for key, kind in _KINDS.items():
-        if key not in config:
-            raise StorageError(f"{path} has no {key!r}")
-        if not isinstance(config[key], kind):
-            raise StorageError(f"{path}: {key!r} is of the wrong kind, {type(config[key]).__name__}")
-    more = sorted(set(config) - {*_KINDS, "format", "versions", "preprocessing", "weights"})
-    if more:
-        raise StorageError(f"{path}: {more[0]!r:.80} is nothing that this version of convsurgery writes")
-    _check(config, path)
-    return config
-
-
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "base": (dict, type(None)),
-    "class": str,
-    "plans": list,
-    "norms": dict,
-    "fused": bool,
-    "frozen": list,
-    "input_size": list,
-}
-#: pixels and channels of an input, each and together
-_SIDE, _INPUT = 1 << 16, 1 << 28
-
-
-def _check(config: Mapping[str, Any], path: Path) -> None:
-    """The values of the keys, beyond their kinds."""
-    size = config["input_size"]
-    whole = all(type(number) is int and 1 <= number <= _SIDE for number in size)
-    if len(size) != 3 or not whole or math.prod(size) > _INPUT:
-        raise StorageError(f"{path}: 'input_size' is channels, height and width in pixels, not {size!r:.80}")
-    for name, eps in config["norms"].items():
-        if type(eps) not in (int, float) or not 0 <= eps <= 1e30:
-            raise StorageError(f"{path}: 'norms' has no epsilon of at least 0 for {name!r:.80}")
-    if not all(isinstance(name, str) for name in config["frozen"]):
-        raise StorageError(f"{path}: 'frozen' is not a list of names")
-    versions = config.get("versions", {})
-    if not isinstance(versions, dict) or not all(isinstance(text, str) for text in versions.values()):
-        raise StorageError(f"{path}: 'versions' is not a mapping of texts")
-    described = config.get("weights")
-    if described is None and "weights" not in config:
-        return
-    kinds = described.get("dtypes") if isinstance(described, dict) else None
-    infinite = described.get("infinite") if isinstance(described, dict) else None
-    if (
-        not isinstance(described, dict)
-        or set(described) != {"sha256", "dtypes", "infinite", "config"}
-        or not all(re.fullmatch("[0-9a-f]{64}", str(described[key])) for key in ("sha256", "config"))
-        or not (isinstance(kinds, dict) and all(type(count) is int for count in kinds.values()))
-        or not (isinstance(infinite, list) and all(isinstance(name, str) for name in infinite))
-    ):
-        raise StorageError(f"{path}: 'weights' holds two digests, dtypes with their counts, and names in 'infinite'")
 
 
 #: what a base may have more than the file: a replaced convolution leaves far fewer values than it had
@@ -347,9 +321,11 @@ def _base(
     if base is not None:
         model = copy_model(base)
     elif config["base"] is None:
+        reason = config.get("reason")
         raise StorageError(
             f"{folder} holds a model of class {config['class']}, which neither timm nor torchvision builds by a name "
             "known here; pass the unconverted model: load(directory, base=model)"
+            + (f". When it was saved: {reason!s:.500}" if reason else "")
         )
     else:
         try:

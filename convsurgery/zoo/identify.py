@@ -54,8 +54,9 @@ def identify_torchvision(model: nn.Module, builders: Iterable[str], ignore: Coll
     for name in _by_size(model, head, builders):
         candidates: list[dict[str, Any]] = [{}]
         parameters = inspect.signature(get_model_builder(name)).parameters
-        if classes is not None and classes != _known_classes(name):
-            candidates.append({"num_classes": classes})
+        for count in dict.fromkeys((classes, *_detected(model))):
+            if count is not None and count != _known_classes(name):
+                candidates.append({"num_classes": count})
         if "aux_loss" in parameters:
             candidates += [{**kwargs, "aux_loss": True} for kwargs in candidates]
         for kwargs in candidates:
@@ -63,6 +64,15 @@ def identify_torchvision(model: nn.Module, builders: Iterable[str], ignore: Coll
             if found is not None:
                 return found
     return None
+
+
+def _detected(model: nn.Module) -> list[int]:
+    """Numbers of classes that the parts of a detector speak of: its last layer may put out boxes, or masks."""
+    found = []
+    for module in model.modules():
+        scores = getattr(module, "cls_score", None)
+        found += [getattr(module, "num_classes", None), getattr(module, "num_columns", None), _outputs(scores)]
+    return [count for count in dict.fromkeys(found) if isinstance(count, int)]
 
 
 def _by_size(model: nn.Module, head: nn.Module | None, builders: Iterable[str]) -> list[str]:
