@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from convsurgery.adapt.calibration import Calibration, fits_of, run_fits
 from convsurgery.adapt.choose import Choice, Point, backed_off, choose
 from convsurgery.adapt.choose_report import change
-from convsurgery.adapt.evaluation import eval_mode
 from convsurgery.adapt.fitting import FitOptions
 from convsurgery.adapt.images import Images
 from convsurgery.adapt.losses import logits_of
+from convsurgery.adapt.running import eval_mode
 from convsurgery.adapt.scan import Scan, scan
 from convsurgery.adapt.timing import milliseconds
 from convsurgery.errors import ConversionError, DataError, warn

@@ -17,9 +17,9 @@ from torch.utils.data import BatchSampler, DataLoader
 from convsurgery.adapt.checkpoints import RunFolder, Saver
 from convsurgery.adapt.config import FinetuneConfig, make_config
 from convsurgery.adapt.data import load_data
-from convsurgery.adapt.evaluation import device_of, eval_mode
 from convsurgery.adapt.progress import Progress, make_progress
 from convsurgery.adapt.results import EpochMetrics, FinetuneResult
+from convsurgery.adapt.running import device_of, eval_mode
 from convsurgery.adapt.trainer import Trainer
 from convsurgery.errors import ConvSurgeryError, ModelError, SettingsError, StorageError
 

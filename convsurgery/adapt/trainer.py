@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from convsurgery.adapt.checkpoints import RunFolder
 from convsurgery.adapt.config import FinetuneConfig
 from convsurgery.adapt.data import DataSplit
-from convsurgery.adapt.evaluation import EvalResult, count, eval_mode, summarise, unpack
+from convsurgery.adapt.evaluation import EvalResult, count, summarise, unpack
 from convsurgery.adapt.guard import LossWatch, Snapshot, advice, first_nonfinite, nonfinite_gradients
 from convsurgery.adapt.losses import TaskLoss, check_labels, logits_of
 from convsurgery.adapt.optim import carry_over, make_optimizer, make_scheduler
 from convsurgery.adapt.progress import Progress
 from convsurgery.adapt.results import EpochMetrics
+from convsurgery.adapt.running import eval_mode
 from convsurgery.adapt.scales import ScaleWatch
 from convsurgery.adapt.schedule import StartSchedule
 from convsurgery.adapt.sharing import share

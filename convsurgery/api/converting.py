@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from convsurgery import zoo
 from convsurgery.adapt.auto import auto_rule
 from convsurgery.adapt.calibration import fits_of, run_fits
 from convsurgery.adapt.fitting import FitOptions, LayerFit
@@ -55,7 +56,7 @@ def convert(
         True
     """
     made, trial = _trial(model, rule, example_inputs, start, calibration, on_layer)
-    return apply(model, made) if trial is None else trial
+    return _of_known_weights(apply(model, made) if trial is None else trial, made)
 
 
 def convert_(
@@ -74,7 +75,7 @@ def convert_(
     """
     # What is fitted or chosen is on a copy, so that data that fails leaves the model as it was.
     made, trial = _trial(model, rule, example_inputs, start, calibration, on_layer)
-    new = apply_(model, made)
+    new = _of_known_weights(apply_(model, made), made)
     if trial is None:
         return new
     fits = fits_of(made.edits)
@@ -89,6 +90,13 @@ def convert_(
     assert done is not None
     assert its is not None
     set_record(new, dataclasses.replace(done, norms=its.norms))
+    return new
+
+
+def _of_known_weights(new: nn.Module, made: Plan) -> nn.Module:
+    """``new``, which remembers where its weights came from, if anybody knows."""
+    if made.weights and not made.weights.startswith("unknown"):
+        zoo.note_origin(new, zoo.Origin.parse(made.weights))
     return new
 
 

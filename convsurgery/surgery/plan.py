@@ -77,6 +77,7 @@ class Plan:
         entries: one for each Conv2d, in execution order.
         total_params: trainable parameters of the whole model before.
         notes: what else there is to say, such as blocks that overlap with others.
+        weights: where the model's weights came from, as far as it is known; "" in plans of earlier versions.
     """
 
     model: str
@@ -86,6 +87,7 @@ class Plan:
     entries: tuple[Entry, ...]
     total_params: int
     notes: tuple[str, ...] = ()
+    weights: str = ""
 
     @property
     def edits(self) -> tuple[Entry, ...]:

@@ -25,7 +25,7 @@ from convsurgery.graph import copy_model
 from convsurgery.surgery.apply import apply_
 from convsurgery.surgery.fuse import fuse
 from convsurgery.surgery.plan import Plan
-from convsurgery.surgery.record import Record, record, set_record, unwrap
+from convsurgery.surgery.record import Record, record, set_record, unwrap, weights_of
 from convsurgery.surgery.weights import describe, digest, header, load_weights
 
 __all__ = ["CONFIG", "FORMAT", "WEIGHTS", "load", "load_weights", "named_folder", "read_weights_of", "save"]
@@ -83,6 +83,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, base: str | zoo
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "input_size": list(zoo.input_size(model)),
         "preprocessing": zoo.preprocessing(model),
+        "origin": str(weights_of(model)),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "torchvision")},
     }
     folder = Path(directory)
@@ -203,6 +204,8 @@ def _load(folder: Path, base: nn.Module | None) -> nn.Module:
         parameter.requires_grad_(name not in frozen and parameter.is_floating_point())
     channels, height, width = config["input_size"]
     zoo.set_input_size(model, (channels, height, width))
+    if "origin" in config:
+        zoo.note_origin(model, zoo.Origin.parse(config["origin"]))
     return model.eval()
 
 
@@ -277,7 +280,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise StorageError(f"{path} has no {key!r}")
         if not isinstance(config[key], kind):
             raise StorageError(f"{path}: {key!r} is of the wrong kind, {type(config[key]).__name__}")
-    more = sorted(set(config) - {*_KINDS, "format", "versions", "preprocessing", "weights"})
+    more = sorted(set(config) - {*_KINDS, "format", "versions", "preprocessing", "origin", "weights"})
     if more:
         raise StorageError(f"{path}: {more[0]!r:.80} is nothing that this version of convsurgery writes")
     _check(config, path)
@@ -308,6 +311,8 @@ def _check(config: Mapping[str, Any], path: Path) -> None:
             raise StorageError(f"{path}: 'norms' has no epsilon of at least 0 for {name!r:.80}")
     if not all(isinstance(name, str) for name in config["frozen"]):
         raise StorageError(f"{path}: 'frozen' is not a list of names")
+    if not isinstance(config.get("origin", ""), str):
+        raise StorageError(f"{path}: 'origin' is no text: {config['origin']!r:.80}")
     versions = config.get("versions", {})
     if not isinstance(versions, dict) or not all(isinstance(text, str) for text in versions.values()):
         raise StorageError(f"{path}: 'versions' is not a mapping of texts")

@@ -138,7 +138,8 @@ def _caption(plan: Plan) -> tuple[str, str]:
     total = plan.total_params
     change = _change(total, total + after.params - before.params)
     foot = f"parameters {change} · MACs in convolutions {_change(before.macs, after.macs)}"
-    return head, "\n".join([*_starts(plan), *_notes(plan), f"seen by {plan.seen}", foot])
+    weights = [f"weights: {plan.weights}"] if plan.weights else []
+    return head, "\n".join([*_starts(plan), *_notes(plan), *weights, f"seen by {plan.seen}", foot])
 
 
 def _notes(plan: Plan, most: int = 3) -> list[str]:
