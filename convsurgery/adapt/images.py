@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from convsurgery.adapt.data import DataSplit, InputSpec, image_transform, input_spec
 from convsurgery.adapt.formats import FORMATS
+from convsurgery.adapt.holdout import sources_of
 from convsurgery.adapt.running import device_of
 from convsurgery.adapt.spread import Spread, classes_of, files_of, map_style, spread
 from convsurgery.errors import DataError, SettingsError, warn
@@ -32,7 +33,7 @@ class Images:
         limit: images to stop after; None for all.
         model: whose dtype, device and input they are for.
         taken: which part of a set the source gives; None for a source that is used as it was given.
-        files: of the images in their order, where they are known.
+        sources: of each image the picture it was cropped from, where files are known.
         ask: what gives images of the same kind for another limit and model.
     """
 
@@ -43,10 +44,10 @@ class Images:
         model: nn.Module,
         *,
         taken: Spread | None = None,
-        files: Sequence[str] | None = None,
+        sources: Sequence[str] | None = None,
         ask: Callable[[int | None, nn.Module], Images] | None = None,
     ) -> None:
-        self.source, self.limit, self.taken, self.files, self.ask = source, limit, taken, files, ask
+        self.source, self.limit, self.taken, self.sources, self.ask = source, limit, taken, sources, ask
         first = next((p for p in model.parameters() if p.is_floating_point()), None)
         self.dtype = torch.float32 if first is None else first.dtype
         self.device = device_of(model)
@@ -207,7 +208,9 @@ def _of_tensor(data: Tensor, model: nn.Module, count: int | None, batch_size: in
 def _of_dataset(dataset: Any, model: nn.Module, count: int | None, seed: int, *, like: DataLoader[Any]) -> Images:
     loader, taken = part_of(dataset, count, seed, like)
     files = files_of(dataset)
-    return Images(loader, None, model, taken=taken, files=files and [files[index] for index in taken.indices])
+    # Of all files, since what is drawn of them shows no longer how they are numbered.
+    sources = None if files is None else sources_of(files)
+    return Images(loader, None, model, taken=taken, sources=sources and [sources[index] for index in taken.indices])
 
 
 def part_of(dataset: Any, count: int | None, seed: int, like: DataLoader[Any]) -> tuple[DataLoader[Any], Spread]:
@@ -243,9 +246,9 @@ def _of_folder(folder: Path, model: nn.Module, count: int | None, batch_size: in
     if not files:
         raise DataError(f"no images in {folder}; looked for {', '.join(sorted(_SUFFIXES))}")
     taken = spread(len(files), count, seed, [path.parent for path in files], "folders")
-    part = [files[index] for index in taken.indices]
-    source = _Files(part, input_spec(model), batch_size)
-    return Images(source, None, model, taken=taken, files=[str(path) for path in part])
+    sources = sources_of([str(path) for path in files])
+    source = _Files([files[index] for index in taken.indices], input_spec(model), batch_size)
+    return Images(source, None, model, taken=taken, sources=[sources[index] for index in taken.indices])
 
 
 def _labels(labels: Any, count: int) -> Tensor | None:

@@ -12,8 +12,8 @@ from convsurgery import zoo
 from convsurgery.adapt.auto import auto_rule
 from convsurgery.adapt.calibration import fits_of, run_fits
 from convsurgery.adapt.fitting import FitOptions, LayerFit
-from convsurgery.adapt.images import calibration_images
-from convsurgery.api.choosing import auto
+from convsurgery.adapt.images import Images, calibration_images
+from convsurgery.api.choosing import MOST, auto
 from convsurgery.api.planning import Inputs, look
 from convsurgery.errors import ConversionError
 from convsurgery.operators import Start
@@ -111,7 +111,9 @@ def _trial(
     """The plan to carry out, and a converted copy of ``model`` where something had to be fitted or chosen."""
     rules = as_rules(rule)
     if calibration is not None and auto_rule(rules) is not None:
-        result = auto(model, rules, calibration, example_inputs=example_inputs, start=start)
+        # Who said how many images to use has said it.
+        most = None if isinstance(calibration, Images) else MOST
+        result = auto(model, rules, calibration, images=most, example_inputs=example_inputs, start=start)
         for layer in result.calibration.layers if result.calibration is not None and on_layer is not None else ():
             on_layer(layer)  # type: ignore[misc]
         return result.plan, result.model
