@@ -13,18 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convsurgery.adapt.footing import chance, one_class, warn_of_random
+from convsurgery.adapt.config import FinetuneConfig
+from convsurgery.adapt.footing import chance, no_better, one_class, warn_of_random
 from convsurgery.adapt.images import Images
 from convsurgery.adapt.losses import check_labels, logits_of
 from convsurgery.adapt.running import device_of, eval_mode
 from convsurgery.adapt.validating import validation_data
-from convsurgery.errors import DataError, ModelError
+from convsurgery.errors import DataError, ModelError, SettingsError
 from convsurgery.surgery import weights_of
 
-__all__ = ["EvalResult", "count", "evaluate", "evaluate_labelled", "summarise", "unpack"]
+__all__ = ["EvalResult", "count", "evaluate", "evaluate_labelled", "summarise", "told_before", "unpack"]
 
-# correct, correct among five, same answer as the teacher, samples
-_COUNTS = 4
+# correct, correct among five, same answer as the teacher, samples, answered correctly by the teacher
+_COUNTS = 5
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class EvalResult:
             teacher gives all of them the same class, which ``notes`` then say.
         kept: the same as a count.
         majority: samples of the most frequent class, in percent: what always answering it would give.
+        teacher_top1: samples the teacher answers correctly, in percent; None without a teacher.
         weights: where the model's weights come from, as far as it is known.
         data: which samples these were.
         notes: what else there is to say: answers no better than chance, an agreement that says nothing.
@@ -52,6 +54,7 @@ class EvalResult:
     agreement: float | None = None
     kept: int | None = None
     majority: float | None = None
+    teacher_top1: float | None = None
     weights: str = ""
     data: str = ""
     notes: tuple[str, ...] = ()
@@ -165,7 +168,7 @@ def count(
         # -1 is no class: argmax would call a NaN the answer.
         ranked = logits.topk(min(5, classes), dim=1).indices.masked_fill(~finite[:, None], -1)
         hits = ranked == labels[:, None]
-        same, answered = finite, labels[:0]
+        same, answered, taught = finite, labels[:0], finite
         if reference is not None:
             if reference.shape != logits.shape:
                 raise ModelError(
@@ -175,11 +178,9 @@ def count(
             sound = reference.isfinite().all(dim=1).to(device)
             wanted = reference.argmax(dim=1).to(device)
             same, answered = (ranked[:, 0] == wanted) & sound, wanted[sound]
-        counts.append(
-            torch.stack(
-                [hits[:, 0].sum(), hits.any(dim=1).sum(), same.sum(), hits.new_tensor(len(hits), dtype=torch.int64)]
-            )
-        )
+            taught = (wanted == labels) & sound
+        size = hits.new_tensor(len(hits), dtype=torch.int64)
+        counts.append(torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), same.sum(), size, taught.sum()]))
         losses.append(F.cross_entropy(logits, labels, reduction="sum"))
         occurring.append(torch.cat([labels.bincount(minlength=classes), answered.bincount(minlength=classes)]))
     sums = torch.zeros(_COUNTS + 1 + 2 * classes, dtype=torch.float64)
@@ -193,13 +194,13 @@ def count(
 
 def summarise(sums: Tensor, compared: bool, what: str = "the model") -> EvalResult:
     """Percentages and means of the sums of :func:`count`."""
-    correct, five, same, samples, loss = sums[: _COUNTS + 1].tolist()
+    correct, five, same, samples, taught, loss = sums[: _COUNTS + 1].tolist()
     if not samples:
         raise DataError("the validation data hold no samples")
     labels, answered = sums[_COUNTS + 1 :].chunk(2)
     refused = one_class(answered, "teacher") if compared else None
     told = compared and refused is None
-    notes = (refused and f"agreement {refused}", chance(int(correct), labels, what))
+    notes = (refused and f"agreement {refused}", chance(round(correct), labels, what))
     return EvalResult(
         top1=100 * correct / samples,
         top5=100 * five / samples,
@@ -208,5 +209,27 @@ def summarise(sums: Tensor, compared: bool, what: str = "the model") -> EvalResu
         agreement=100 * same / samples if told else None,
         kept=int(same) if told else None,
         majority=100 * float(labels.max()) / samples,
+        teacher_top1=100 * taught / samples if compared else None,
         notes=tuple(note for note in notes if note),
     )
+
+
+def told_before(result: EvalResult | None, config: FinetuneConfig, *, distilling: bool) -> list[str]:
+    """What there is to say of a run before it trains: an agreement that says nothing, a teacher that teaches nothing.
+
+    Raises:
+        SettingsError: where the best epoch was to be found by such an agreement.
+    """
+    if result is None:
+        return []
+    notes = [note for note in result.notes if note.startswith("agreement")]
+    if notes and config.eval_metric == "agreement":
+        raise SettingsError(f"eval_metric cannot be agreement (--eval-metric): {notes[0]}; choose top1, top5 or loss")
+    if distilling and result.teacher_top1 is not None and result.majority is not None:
+        right, most = (round(share * result.samples / 100) for share in (result.teacher_top1, result.majority))
+        if no_better(right, most, result.samples):
+            notes.append(
+                f"the teacher is right on {result.teacher_top1:.2f} % of the images, the most frequent class is "
+                f"{result.majority:.2f} %: it has nothing to teach, give another one or none (--teacher none)"
+            )
+    return notes

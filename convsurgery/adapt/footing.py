@@ -8,7 +8,7 @@ from convsurgery.adapt.bounds import clopper_pearson
 from convsurgery.errors import warn
 from convsurgery.surgery import weights_of
 
-__all__ = ["chance", "one_class", "warn_of_random"]
+__all__ = ["chance", "no_better", "one_class", "warn_of_random"]
 
 _LOAD = "load trained ones: pretrained=True (--pretrained), or checkpoint=FILE (--checkpoint)"
 
@@ -43,6 +43,11 @@ def one_class(answers: Tensor, role: str = "model") -> str | None:
     )
 
 
+def no_better(correct: int, most: int, total: int) -> bool:
+    """Whether right answers do not show to be more than the most frequent class has, by the 95 % interval."""
+    return correct <= most or clopper_pearson(correct, total)[0] <= most / total
+
+
 def chance(correct: int, labels: Tensor, what: str = "the model") -> str | None:
     """A sentence where right answers are no more than always the most frequent class would give; else None.
 
@@ -60,6 +65,6 @@ def chance(correct: int, labels: Tensor, what: str = "the model") -> str | None:
     always = f"always answering the most frequent class ({usual:.2f} %)"
     if correct <= most:
         return f"{what} is right on {share:.2f} % of {total:,} images, no better than {always}"
-    if clopper_pearson(correct, total)[0] <= most / total:
+    if no_better(correct, most, total):
         return f"{what} is right on {share:.2f} % of {total:,} images, which may be no better than {always}"
     return None
