@@ -15,6 +15,7 @@ from collections.abc import Iterable
 __all__ = [
     "ArgumentError",
     "ConvSurgeryError",
+    "ConvSurgeryWarning",
     "ConversionError",
     "DataError",
     "ExportError",
@@ -47,13 +48,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return "known: " + ", ".join(words) if words else ""
 
 
+class ConvSurgeryWarning(UserWarning):
+    """What convsurgery warns of; the command line prints its text alone."""
+
+
 def warn(text: str) -> None:
-    """A UserWarning at the line that called this package, whatever of it and of torch lies in between."""
+    """A :class:`ConvSurgeryWarning` at the line that called this package, whatever of it and torch lies in between."""
     inside = (os.path.dirname(__file__), os.sep + "torch" + os.sep, os.sep + "contextlib.py")
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and any(part in frame.f_code.co_filename for part in inside):
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, UserWarning, stacklevel=level)
+    warnings.warn(text, ConvSurgeryWarning, stacklevel=level)
 
 
 class ConvSurgeryError(Exception):

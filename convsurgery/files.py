@@ -19,6 +19,8 @@ from convsurgery.errors import StorageError
 from convsurgery.plain import control_characters, parse_json
 
 __all__ = [
+    "RUNNING",
+    "alone",
     "is_folder_with",
     "locked",
     "member",
@@ -35,8 +37,11 @@ __all__ = [
 
 #: bytes of a JSON file; a plan of 3,000 convolutions has 4 million
 MAX_JSON = 64 << 20
+#: file in the folder of a run while it lasts; a killed process leaves it behind
+RUNNING = ".running"
 #: seconds after which a folder that nobody has locked is taken for a killed process's
 _YOUNG = 10.0
+_STAGED = ".saving-"
 
 
 def is_folder_with(path: str | os.PathLike[str], name: str) -> bool:
@@ -189,8 +194,8 @@ def staging(parent: Path, name: str) -> Iterator[Path]:
     Raises:
         StorageError: where it cannot be made.
     """
-    prefix = f".{name}.saving-"
-    _sweep(parent, prefix)
+    prefix = f".{name}{_STAGED}"
+    _sweep(parent, prefix, _YOUNG)
     try:
         folder = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
     except OSError as error:
@@ -204,19 +209,71 @@ def staging(parent: Path, name: str) -> Iterator[Path]:
         _unlock(handle)
 
 
-def _sweep(parent: Path, prefix: str) -> None:
+def _sweep(parent: Path, prefix: str, young: float) -> None:
     try:
-        found = [entry for entry in parent.iterdir() if entry.name.startswith(prefix)]
+        found = [entry for entry in parent.iterdir() if entry.name.startswith(prefix) and _STAGED in entry.name]
     except OSError:
         return
     for folder in found:
         # One that was made just now may not be locked yet.
-        if folder.is_symlink() or not folder.is_dir() or time.time() - folder.stat().st_mtime < _YOUNG:
+        if folder.is_symlink() or not folder.is_dir() or time.time() - folder.stat().st_mtime < young:
             continue
         handle = _lock(folder, wait=False)
         if handle is not None:
             shutil.rmtree(folder, ignore_errors=True)
             _unlock(handle)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """The only run that writes into ``folder``, which is made when absent; what a killed one staged there is removed.
+
+    Raises:
+        StorageError: where another process, or another thread of this one, writes a run there; where nothing can be
+            written.
+    """
+    made = not folder.exists()
+    output_folder(folder)
+    path = folder / RUNNING
+    handle = _claim(path)
+    try:
+        # Nobody else stages here, so that the age does not matter.
+        _sweep(folder, ".", 0.0)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+            if made and not any(folder.iterdir()):
+                folder.rmdir()
+        _unlock(handle)
+
+
+def _claim(path: Path) -> int | None:
+    """The lock that a run holds while it lasts; None where the system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        except OSError as error:
+            raise StorageError(f"cannot write to {path.parent}: {_text(error)}") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise StorageError(
+                f"another run is being written into {path.parent}: wait until it has ended, or name another folder"
+            ) from error
+        except OSError:  # a disk without locks
+            os.close(handle)
+            return None
+        # Whoever held it before may have removed the file between the two calls.
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(handle), path.lstat()):
+                return handle
+        os.close(handle)
 
 
 @contextlib.contextmanager

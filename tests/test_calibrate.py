@@ -331,14 +331,15 @@ def test_every_form_of_data_gives_the_same() -> None:
 @pytest.mark.parametrize("limit", [1, 8, 9, 20, 99, None])
 def test_limit_counts_images_over_batches(limit: int | None) -> None:
     x = images(20)
-    for data in ([x[:8], x[8:12], x[12:]], x, loaders(x)["plain"]):
+    for data in ([x[:8], x[8:12], x[12:]], loaders(x)["plain"]):
         source = calibration_images(data, net(), images=limit)
         for _ in range(2):
             assert torch.equal(torch.cat(list(source)), x[:limit])
-    (one, _), (two, _) = calibrated(x, images=limit), calibrated(x[:limit])
+    (one, _), (two, _) = calibrated([x], images=limit), calibrated([x[:limit]])
     assert_same(state(one), state(two))
-    narrowed = calibration_images(calibration_images(x, net(), images=10), net(), images=limit)
-    assert sum(map(len, narrowed)) == min(20, 10 if limit is None else limit)
+    for data in (x, [x]):
+        narrowed = calibration_images(calibration_images(data, net(), images=10), net(), images=limit)
+        assert sum(map(len, narrowed)) == min(20, 10 if limit is None else limit, 10)
 
 
 def test_folder_is_prepared_as_in_validation(timm_model: nn.Module, tmp_path: Path) -> None:
@@ -398,8 +399,8 @@ def batches(*, of: Tensor) -> Iterator[Tensor]:
         (lambda x: batches(of=x), r"a generator can be gone through once only: pass a list of batches, a loader or a"),
         (lambda x: iter([x]), "a list_iterator can be gone through once only"),
         (lambda x: map(abs, [x]), "a map can be gone through once only"),
-        (lambda x: 64, "takes a tensor, a loader, a list of batches or a folder, not a int"),
-        (lambda x: TensorDataset(x), "not a TensorDataset"),
+        (lambda x: 64, "takes a tensor, a data set, a loader, a list of batches or a folder, not a int"),
+        (lambda x: TensorDataset(x[:0]), "the calibration data is empty"),
         (lambda x: x[0], r"images come as \(N, C, H, W\), not \(3, 12, 12\)"),
         (lambda x: list(x), r"images come as \(N, C, H, W\), not \(3, 12, 12\)"),
         (lambda x: [x.flatten(1)], r"images come as \(N, C, H, W\), not \(8, 432\)"),
@@ -587,11 +588,27 @@ def test_teacher_that_calls_its_convolution_more_often() -> None:
 def test_nothing_to_fit(rule: str) -> None:
     model = net()
     new = cs.convert(model, rule, example_inputs=images(2))
-    for other in (new, model):
-        with pytest.raises(ConversionError, match="no operator of this model starts by neutral, fit, copy or blend"):
-            cs.calibrate(other, images(4), teacher=model)
+    before = state(new)
+    found = cs.calibrate(new, images(4), teacher=model)
+    assert len(found) == 0
+    assert str(found).startswith("nothing to fit: ")
+    assert_same(state(new), before)
+    with pytest.raises(ConversionError, match="the model was not converted: there is nothing to fit"):
+        cs.calibrate(model, images(4), teacher=model)
     same = cs.convert(model, rule, example_inputs=images(2), calibration=images(4))
     assert_same(state(same), state(new))
+
+
+@pytest.mark.parametrize("operator", ["linear-mix", "pnn", "lbc"])
+def test_what_began_without_data_is_fitted_when_there_are_some(operator: str) -> None:
+    model, x = net(), images(64)
+    new = cs.convert(model, f"conv[k=3]->{operator}", example_inputs=x)
+    assert {str(start) for start in cs.record(new).starts.values()} == {"project"}
+    found = cs.calibrate(new, x, teacher=model)
+    assert set(found) == {entry.site.name for entry in cs.record(new).edits}
+    assert all(layer.after < layer.before for layer in found.layers)
+    fitted = cs.convert(model, f"conv[k=3]->{operator} by fit", example_inputs=x, calibration=x)
+    assert_same(state(new), state(fitted))
 
 
 def test_layer_that_has_no_closed_form_is_named() -> None:

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from convsurgery.adapt.bounds import clopper_pearson, images_needed
 from convsurgery.adapt.calibration import Calibration, fits_of, run_fits
 from convsurgery.adapt.choose import Choice, Point, backed_off, choose
 from convsurgery.adapt.choose_report import change
-from convsurgery.adapt.evaluation import eval_mode
 from convsurgery.adapt.fitting import FitOptions
+from convsurgery.adapt.footing import one_class
+from convsurgery.adapt.holdout import FITTED, Holdout, hold_out
 from convsurgery.adapt.images import Images
 from convsurgery.adapt.losses import logits_of
+from convsurgery.adapt.running import eval_mode
 from convsurgery.adapt.scan import Scan, scan
 from convsurgery.adapt.timing import milliseconds
 from convsurgery.errors import ConversionError, DataError, warn
 from convsurgery.graph import Observation
 from convsurgery.operators import Start
 from convsurgery.rules import AutoTarget, Rule, Rules, Wish, parse
-from convsurgery.surgery import Plan, apply, make_plan, record
+from convsurgery.surgery import Plan, apply, make_plan, record, weights_of
 from convsurgery.surgery.record import set_record
 
-__all__ = ["Attempt", "AutoResult", "auto_rule", "choose_and_convert", "measured_points", "split"]
+__all__ = ["Attempt", "AutoResult", "auto_rule", "choose_and_convert", "measured_points"]
 
-#: every so many-th image is held out for measuring
-_HELD_OUT = 4
 #: held-out images below which an agreement says little
 _FEW = 32
 
@@ -41,6 +43,7 @@ class Attempt:
         choice: what was replaced by what.
         params, macs, latency: relative changes, such as -0.41; latency None where it was not wished for.
         agreement: share of held-out images whose top-1 class is the original's.
+        images: how many these were.
     """
 
     choice: Choice
@@ -48,10 +51,16 @@ class Attempt:
     macs: float
     latency: float | None
     agreement: float
+    images: int = 1
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The 95 % interval of Clopper and Pearson for the agreement on all images."""
+        return clopper_pearson(round(self.agreement * self.images), self.images)
 
     def holds(self, wish: Wish) -> bool:
-        """Whether what was promised is so."""
-        value = getattr(self, wish.metric)
+        """Whether what was promised is so: of the agreement the lower bound has to be."""
+        value = self.bounds[0] if wish.metric == "agreement" else getattr(self, wish.metric)
         return value is not None and (value >= wish.value if wish.op == ">=" else value <= wish.value)
 
 
@@ -66,6 +75,7 @@ class AutoResult:
         attempts: all choices that were tried; the last one stands.
         calibration: of the last one.
         held_out: images that the agreement was measured on.
+        data: which images were used in all, such as "512 of 1,347 images, seed 0".
     """
 
     model: nn.Module
@@ -74,6 +84,7 @@ class AutoResult:
     attempts: tuple[Attempt, ...]
     calibration: Calibration | None
     held_out: int
+    data: str = ""
 
     @property
     def rule(self) -> str:
@@ -87,9 +98,10 @@ class AutoResult:
         for number, attempt in enumerate(self.attempts, 1):
             lines.append(
                 f"  {number}. {len(attempt.choice.picks)} sites: parameters {change(attempt.params)}, "
-                f"MACs {change(attempt.macs)}, agreement {attempt.agreement:.4f}"
+                f"MACs {change(attempt.macs)}, agreement {_bounded(attempt)}"
             )
-        return "\n".join([*lines, *self.plan.notes])
+        told = [f"images: {self.data}"] * bool(self.data) + [f"weights: {self.plan.weights}"] * bool(self.plan.weights)
+        return "\n".join([*lines, *self.plan.notes, *told])
 
 
 def auto_rule(rules: Rules) -> Rule | None:
@@ -100,34 +112,6 @@ def auto_rule(rules: Rules) -> Rule | None:
     return found[0] if found else None
 
 
-def split(images: Images) -> tuple[Iterable[Tensor], Iterable[Tensor], int]:
-    """Images to fit and scan on, those held out (every fourth), and how many these are.
-
-    Raises:
-        DataError: for fewer than 8 images.
-    """
-    total = sum(len(batch) for batch in images)
-    if total < 2 * _HELD_OUT:
-        raise DataError(
-            f"auto needs images to fit to and others to measure on; {total} are too few, 64 or more are good"
-        )
-    return _Part(images, held_out=False), _Part(images, held_out=True), total // _HELD_OUT
-
-
-class _Part:
-    def __init__(self, images: Images, *, held_out: bool) -> None:
-        self.images, self.held_out = images, held_out
-
-    def __iter__(self) -> Iterator[Tensor]:
-        seen = 0
-        for batch in self.images:
-            out = (torch.arange(seen, seen + len(batch)) % _HELD_OUT == _HELD_OUT - 1).to(batch.device)
-            seen += len(batch)
-            part = batch[out == self.held_out]
-            if len(part):
-                yield part
-
-
 def choose_and_convert(
     model: nn.Module,
     rules: Rules,
@@ -136,49 +120,72 @@ def choose_and_convert(
     *,
     label: str,
     params: int,
+    weights: str = "",
     start: Start | None = None,
+    groups: Sequence[Hashable] | None = None,
     on_attempt: Callable[[Attempt], object] | None = None,
 ) -> AutoResult:
     """Carry out rules of which one is ``auto(...)``.
 
-    Scans the operators on three quarters of the images, chooses the replacements that meet the wishes with the least
-    damage, converts a copy, calibrates it, and measures on the last quarter; while the wished agreement is missed, the
-    worst quarter of the replacements is given back.
+    Scans the operators on one part of the images, chooses the replacements that meet the wishes with the least damage,
+    converts a copy, calibrates it, and measures on the other part; while the lower bound of the agreement misses the
+    one wished for, the worst quarter of the replacements is given back.
 
     Raises:
         ConversionError: for savings out of reach even with every replacement, or an agreement that no replacement at
             all keeps.
-        DataError: for too few images.
+        DataError: for too few images, also to show the agreement that is wished for, and where the model answers all
+            of them with one class.
     """
     rule = auto_rule(rules)
     assert rule is not None
     target = rule.target
     assert isinstance(target, AutoTarget)
-    fit, held_out, count = split(images)
+    floor = next((wish for wish in target.wishes if wish.metric == "agreement"), None)
+    needed = 0 if floor is None else images_needed(floor.value)
+    parts = hold_out(images, images.sources if groups is None else groups, needed or 0)
+    count = parts.count
+    if floor is not None and (needed is None or needed > count):
+        raise DataError(_cannot_be_shown(floor, needed, parts))
+    reference = _answers(model, parts.held_out, weights)
     if count < _FEW:
         warn(f"only {count} held-out images: an agreement measured on them says little")
     taken = _taken_before(rules, rule, seen, label, params, start)
     timed = any(wish.metric == "latency" for wish in target.wishes)
     options = [str(option) for option in target.options]
-    found = scan(model, options, fit, where=str(rule.selector), start=start, images=None, latency=timed)
+    found = scan(model, options, parts.fit, where=str(rule.selector), start=start, images=None, latency=timed)
     known = {row.site for row in found.rows}
     sizes = {site.name: site.cost.params for site in seen.sites}
     choice: Choice | None = choose(found, target.wishes or _ANY, exclude=sorted(taken & known), sizes=sizes)
-    reference = _answers(model, held_out)
     attempts: list[Attempt] = []
     while choice is not None and choice.picks:
         plan = make_plan(label, params, seen, _with(rules, rule, choice), start, data=True)
+        plan = dataclasses.replace(plan, weights=weights)
         new = apply(model, plan)
         fits = fits_of(plan.edits)
-        calibration = run_fits(new, model, fits, fit, FitOptions(), progress=False) if fits else None
-        attempts.append(_measure(new, model, plan, choice, held_out, reference, timed))
+        calibration = run_fits(new, model, fits, parts.fit, FitOptions(), progress=False) if fits else None
+        attempts.append(_measure(new, model, plan, choice, parts.held_out, reference, timed))
         if on_attempt is not None:
             on_attempt(attempts[-1])
         missed = [wish for wish in target.wishes if not attempts[-1].holds(wish)]
         if not any(wish.metric == "agreement" for wish in missed):
-            return _done(new, plan, found, attempts, calibration, missed, count)
+            plan = _noted(new, plan, attempts, missed, parts)
+            return AutoResult(new, plan, found, tuple(attempts), calibration, count, str(images))
         choice = backed_off(found, choice)
-    raise ConversionError(_nothing_left(target.wishes, attempts, count))
+    raise ConversionError(_nothing_left(target.wishes, floor, attempts))
+
+
+def _cannot_be_shown(floor: Wish, needed: int | None, parts: Holdout) -> str:
+    """Why so few images cannot show an agreement, and what could."""
+    count = parts.count
+    best = clopper_pearson(count, count)[0]
+    if needed is None:
+        return f"{floor} is shown by no number of images, only by all there are: ask for less, such as agreement>=0.99"
+    return (
+        f"{floor} cannot be shown on {count} held-out images of {parts.total}: were all of them answered as before, it "
+        f"would be {best:.4f} by the 95 % bound of Clopper and Pearson. It takes {needed:,} held-out images, so "
+        f"{needed + FITTED:,} in all; or ask for agreement>={math.floor(best * 1000) / 1000:g}"
+    )
 
 
 #: where nothing is wished for, answers are to stay
@@ -203,9 +210,18 @@ def _with(rules: Rules, rule: Rule, choice: Choice) -> Rules:
     return Rules((*rules.rules[:at], *picked, *rules.rules[at + 1 :]))
 
 
-def _answers(model: nn.Module, images: Iterable[Tensor]) -> list[Tensor]:
+def _answers(model: nn.Module, images: Iterable[Tensor], weights: str | None = None) -> list[Tensor]:
+    """Top-1 classes, batch by batch; with ``weights`` as of a reference, which has to know more than one class."""
     with eval_mode(model), torch.no_grad():
-        return [logits_of(model(batch)).argmax(1) for batch in images]
+        answers = [logits_of(model(batch)).argmax(1) for batch in images]
+    refused = None if weights is None else one_class(torch.cat(answers).bincount())
+    if refused is not None:
+        known = f" (weights: {weights})" * bool(weights)
+        raise DataError(
+            f"no agreement can be promised: {refused.removeprefix('n/a: ')}{known}. Load trained weights, give images "
+            "of several classes prepared as in training, or choose by scan and choose, without agreement"
+        )
+    return answers
 
 
 def _measure(
@@ -233,22 +249,19 @@ def _measure(
         (after.macs - before.macs) / max(1, before.macs),
         latency,
         same / count,
+        count,
     )
 
 
-def _done(
-    new: nn.Module,
-    plan: Plan,
-    found: Scan,
-    attempts: list[Attempt],
-    calibration: Calibration | None,
-    missed: Sequence[Wish],
-    count: int,
-) -> AutoResult:
+def _noted(new: nn.Module, plan: Plan, attempts: Sequence[Attempt], missed: Sequence[Wish], parts: Holdout) -> Plan:
+    """The plan with what was reached and given up, in the model's record too."""
     last = attempts[-1]
+    files = ""
+    if parts.files is not None:
+        files = f"; crops of one file stay on one side, and count as independent: {parts.files:,} files in all"
     notes = [
         f"auto: {len(last.choice.picks)} sites, parameters {change(last.params)}, MACs {change(last.macs)}, "
-        f"agreement {last.agreement:.4f} on {count} held-out images, after {len(attempts)} attempts"
+        f"agreement {_bounded(last)} on {parts.count} held-out images, after {len(attempts)} attempts{files}"
     ]
     notes += [f"auto: gave up {wish}: {_reached(last, wish)} was reached" for wish in missed]
     plan = dataclasses.replace(plan, notes=(*plan.notes, *notes))
@@ -257,7 +270,12 @@ def _done(
         set_record(new, dataclasses.replace(done, plans=(*done.plans[:-1], plan)))
     if missed:
         warn("; ".join(notes[1:]))
-    return AutoResult(new, plan, found, tuple(attempts), calibration, count)
+    return plan
+
+
+def _bounded(attempt: Attempt) -> str:
+    low, high = attempt.bounds
+    return f"{attempt.agreement:.4f} (95 % interval {low:.4f} to {high:.4f})"
 
 
 def _reached(attempt: Attempt, wish: Wish) -> str:
@@ -265,32 +283,36 @@ def _reached(attempt: Attempt, wish: Wish) -> str:
     return f"{value:.4f}" if wish.metric == "agreement" else f"{wish.metric} {change(value)}"
 
 
-def _nothing_left(wishes: Sequence[Wish], attempts: Sequence[Attempt], count: int) -> str:
+def _nothing_left(wishes: Sequence[Wish], floor: Wish | None, attempts: Sequence[Attempt]) -> str:
     wanted = ", ".join(map(str, wishes))
     if not attempts:
         return f"no replacement meets {wanted}: nothing that saves anything is predicted to keep that agreement"
     best = max(attempts, key=lambda attempt: attempt.agreement)
-    return (
+    text = (
         f"no replacement meets {wanted}: the best of {len(attempts)} choices, {len(best.choice.picks)} sites with "
-        f"parameters {change(best.params)}, agrees on {best.agreement:.4f} of {count} held-out images. Fine-tune after "
-        "converting by a rule of your own, take other operators, or ask for less"
+        f"parameters {change(best.params)}, agrees on {_bounded(best)} of {best.images} held-out images. "
     )
+    if floor is not None and best.agreement >= floor.value:
+        more = images_needed(floor.value, best.agreement)
+        if more is not None:
+            text += f"On about {more:,} held-out images the same share would show it. "
+    return text + "Fine-tune after converting by a rule of your own, take other operators, or ask for less"
 
 
 def measured_points(
     model: nn.Module, choices: Sequence[Choice], images: Images, seen: Observation, *, metric: str = "params"
 ) -> list[Point]:
     """Each choice carried out and measured on held-out images, for a curve of saving against agreement."""
-    fit, held_out, _ = split(images)
-    reference = _answers(model, held_out)
+    parts = hold_out(images, images.sources)
+    reference = _answers(model, parts.held_out, str(weights_of(model)))
     points = []
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     for choice in choices:
         plan = make_plan("", params, seen, parse(choice.rule), None, data=True)
         new = apply(model, plan)
         if fits := fits_of(plan.edits):
-            run_fits(new, model, fits, fit, FitOptions(), progress=False)
-        attempt = _measure(new, model, plan, choice, held_out, reference, metric == "latency")
+            run_fits(new, model, fits, parts.fit, FitOptions(), progress=False)
+        attempt = _measure(new, model, plan, choice, parts.held_out, reference, metric == "latency")
         saving = -(getattr(attempt, metric) or 0.0)
         points.append(Point(saving, choice.predicted.agreement, attempt.agreement, f"{len(choice.picks)} sites"))
     return points

@@ -24,9 +24,15 @@ class Calibration(Mapping[str, float]):
 
     Attributes:
         layers: what was fitted, in execution order.
+        data: the images it was fitted on, such as "256 of 1,347 images, seed 0".
+        weights: where the weights of the original come from, as far as it is known.
+        notes: what else there is to say: answers no better than chance.
     """
 
     layers: tuple[LayerFit, ...]
+    data: str = ""
+    weights: str = ""
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> float:
         for layer in self.layers:
@@ -54,14 +60,23 @@ class Calibration(Mapping[str, float]):
             method = _METHODS.get(layer.method, layer.method)
             errors = (f"{layer.before:.2g}", f"{layer.after:.2g}")
             table.add_row(layer.name or "(the model itself)", layer.operator, method, *errors, layer.note)
-        return render(f"relative error at the output of {len(self.layers)} layers", table)
+        told = [f"images: {self.data}"] * bool(self.data) + [f"weights: {self.weights}"] * bool(self.weights)
+        told += self.notes
+        if not self.layers:
+            return render("nothing to fit: the layers compute what they did, or begin by weights to be trained", *told)
+        return render(f"relative error at the output of {len(self.layers)} layers", table, *told)
 
 
 _METHODS = {"neutral": "ε, affine", "fit": "least squares", "affine": "affine"}
 
 
-def fits_of(edits: Sequence[Entry]) -> dict[str, Fit]:
-    """The operators to fit, in execution order: neutral, fitted, or with the weights but not the function."""
+def fits_of(edits: Sequence[Entry], *, late: bool = False) -> dict[str, Fit]:
+    """The operators to fit, in execution order: neutral, fitted, or with the weights but not the function.
+
+    Args:
+        edits: of a plan.
+        late: those too that began as they do where there are no data, and would have begun by fit with some.
+    """
     fits: dict[str, Fit] = {}
     for entry in edits:
         start, site, block, config = entry.start, entry.site, entry.block, entry.config
@@ -70,6 +85,9 @@ def fits_of(edits: Sequence[Entry]) -> dict[str, Fit]:
         if start.name == "blend":
             start = config.blended_start(site)
         method = fit_method(config, start)
+        if method is None and late:
+            without, with_data = (config.start_for(None, site, data=data).name for data in (False, True))
+            method = "fit" if (start.name, with_data) == (without, "fit") else None
         if method is None:
             continue
         ridge = start.value if start.name == "fit" else None

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from convsurgery.errors import StorageError
-from convsurgery.files import member, output_folder, replace_folder, staging, writing
+from convsurgery.files import RUNNING, member, output_folder, read_text, replace_folder, staging, writing
 from convsurgery.surgery import blend_modules, finish_blend, load_weights
 from convsurgery.surgery.storage import CONFIG, read_weights_of
 
@@ -23,6 +23,8 @@ Saver = Callable[[nn.Module, Path], object]
 
 _METRICS, _STATE, _WEIGHTS = "metrics.csv", "training_state.pt", "model.safetensors"
 _FORMAT = 1
+#: only the old one is there where two folders cannot change places at once and the run was killed in between
+_LAST = ("last", ".last.old")
 
 
 class RunFolder:
@@ -45,6 +47,16 @@ class RunFolder:
     def files(self) -> tuple[Path, ...]:
         """What there is, for telling the user."""
         return tuple(part for name in (_METRICS, "best", "last") if (part := self.path / name).exists())
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run lies here that was cut off before it had anything to go on from."""
+        if any((self.path / name / _STATE).is_file() for name in _LAST):
+            return False
+        metrics = self.path / _METRICS
+        rows = len(read_text(metrics).splitlines()) - 1 if metrics.is_file() else 0
+        # Rows come after checkpoints: with rows there was one, and it was taken away.
+        return rows < 1 and (metrics.is_file() or (self.path / RUNNING).exists())
 
     def refuse_if_used(self) -> None:
         """Raise when another run lies here."""
@@ -106,8 +118,7 @@ class RunFolder:
             StorageError: nothing there, not written by fine-tuning, or weights of another model. Nothing is executed:
                 the state is read with ``weights_only=True``.
         """
-        # Only the old one is there where two folders cannot change places at once and the run was killed in between.
-        tried = [self.path / "last", self.path / ".last.old"]
+        tried = [self.path / name for name in _LAST]
         last = next((part for part in tried if (part / _STATE).is_file()), None)
         if last is None:
             raise StorageError(f"nothing to resume in {self.path}: there is no last/{_STATE}")

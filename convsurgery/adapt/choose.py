@@ -37,7 +37,7 @@ class _Option:
     row: ScanRow
     saved: Mapping[str, float]
     kl: float
-    lost: float
+    lost: float | None
 
     @property
     def pick(self) -> Pick:
@@ -50,7 +50,6 @@ def _options(scan: Scan, exclude: Collection[str | tuple[str, str]] = ()) -> lis
     for row in rows:
         if row.reason is not None or row.kl is None or not math.isfinite(row.kl):
             continue
-        assert row.agreement is not None
         assert row.params_saved is not None
         assert row.macs_saved is not None
         saved = {
@@ -60,7 +59,8 @@ def _options(scan: Scan, exclude: Collection[str | tuple[str, str]] = ()) -> lis
         if scan.forward_ms and row.latency_saved is not None:
             saved["latency"] = row.latency_saved / scan.forward_ms
         # A KL of nothing comes out a rounding below 0.
-        options.append(_Option(row, saved, max(0.0, row.kl), 1 - row.agreement))
+        lost = None if row.agreement is None else 1 - row.agreement
+        options.append(_Option(row, saved, max(0.0, row.kl), lost))
     return sorted(options, key=lambda option: (option.row.index, option.row.site))
 
 
@@ -72,9 +72,10 @@ def _predict(options: Iterable[_Option]) -> Prediction:
         for metric in _SAVINGS
         if metric != "latency" or timed
     }
-    agreement = 1 - math.fsum(option.lost for option in options)
+    lost = [option.lost for option in options if option.lost is not None]
+    agreement = max(0.0, 1 - math.fsum(lost)) if len(lost) == len(options) else None
     kl = math.fsum(option.kl for option in options)
-    return Prediction(sums["params"], sums["macs"], sums.get("latency"), max(0.0, agreement), kl)
+    return Prediction(sums["params"], sums["macs"], sums.get("latency"), agreement, kl)
 
 
 def _made(options: Iterable[_Option], wishes: tuple[Wish, ...], notes: tuple[str, ...] = ()) -> Choice:
@@ -223,7 +224,8 @@ def choose(
     Raises:
         RuleError: for a budget that cannot be read.
         ArgumentError: for a budget without wishes, or something to exclude that the scan does not have.
-        ConversionError: for savings out of reach, with the most there is; for a latency that was not measured.
+        ConversionError: for savings out of reach, with the most there is; for a latency or an agreement that was not
+            measured.
         ConvSurgeryError: where scipy is not installed.
     """
     wishes = _read_budget(budget)
@@ -236,7 +238,12 @@ def choose(
     # What saves nothing that counts would only be luggage.
     count = {"params", *(wish.metric for wish in savings)} if savings else {_counted(options)}
     options = [option for option in options if any(option.saved[metric] > 0 for metric in count)]
-    kept: list[_Bound] = [([-option.lost for option in options], floor.value - 1)] if floor else []
+    kept: list[_Bound] = []
+    if floor is not None:
+        if any(option.lost is None for option in options):
+            why = "; ".join(note for note in scan.notes if note.startswith("agreement"))
+            raise ConversionError(f"{floor} cannot be chosen for: the scan holds no agreement\n{why}".rstrip())
+        kept = [([-(option.lost or 0.0) for option in options], floor.value - 1)]
     if not savings:
         (metric,) = count
         gain = _saving(options, metric)

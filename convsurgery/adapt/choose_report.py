@@ -28,14 +28,14 @@ class Prediction:
 
     Attributes:
         params, macs, latency: relative changes: -0.41 is 41 % fewer. Latency is None where it was not measured.
-        agreement: share of images that keep their top-1 class, 0 to 1.
+        agreement: share of images that keep their top-1 class, 0 to 1; None where the scan did not measure it.
         kl: mean KL divergence of the predictions from the original's, in nats.
     """
 
     params: float
     macs: float
     latency: float | None
-    agreement: float
+    agreement: float | None
     kl: float
 
 
@@ -130,7 +130,8 @@ def choice_text(choice: Choice, width: int = 80) -> str:
         alone = pick.alone
         cells = ("", "", "", "")
         if alone is not None:
-            cells = (f"{alone.kl:.2g}", f"{100 * alone.agreement:.4g} %", change(alone.params), change(alone.macs))
+            agreed = "n/a" if alone.agreement is None else f"{100 * alone.agreement:.4g} %"
+            cells = (f"{alone.kl:.2g}", agreed, change(alone.params), change(alone.macs))
         picks.add_row(_label(pick.site), becomes, *cells)
     whole = table("the whole model", "predicted", "wished", numbers=("predicted", "wished"))
     wished = {wish.metric: wish for wish in choice.wishes}
@@ -234,13 +235,13 @@ class Point:
 
     Attributes:
         saving: share of the model that is saved, 0.4 for 40 %.
-        predicted: agreement by the scan, 0 to 1.
+        predicted: agreement by the scan, 0 to 1, or None where it was not measured.
         measured: agreement of the converted model, or None where it was not converted.
         label: written beside the measured dot.
     """
 
     saving: float
-    predicted: float
+    predicted: float | None
     measured: float | None = None
     label: str = ""
 
@@ -255,18 +256,21 @@ def draw_trade_off(points: Sequence[Point], path: str | Path) -> None:
     """
     if not points:
         raise ArgumentError("points", "a trade-off needs at least one point to draw")
+    line = sorted(points, key=lambda point: point.saving)
+    predicted = [point.predicted for point in line if point.predicted is not None]
+    if len(predicted) < len(points):
+        raise ArgumentError("points", "the scan holds no agreement to draw: its notes say why")
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConvSurgeryError("the trade-off is drawn by matplotlib: pip install matplotlib") from error
     path = Path(path)
-    line = sorted(points, key=lambda point: point.saving)
     dots = [(point, 100 * point.measured) for point in line if point.measured is not None]
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axis = figure.subplots()
     savings = [100 * point.saving for point in line]
-    axis.plot(savings, [100 * point.predicted for point in line], "--", color="tab:grey", label="predicted")
+    axis.plot(savings, [100 * at for at in predicted], "--", color="tab:grey", label="predicted")
     if dots:
         axis.plot([100 * point.saving for point, _ in dots], [at for _, at in dots], "o", label="measured", gid="dots")
     for point, at in dots:

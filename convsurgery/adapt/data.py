@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from convsurgery import zoo
 from convsurgery.adapt.formats import ImagesOnly
+from convsurgery.adapt.spread import in_memory
 from convsurgery.errors import DataError, nearest
 
 __all__ = ["DataSplit", "InputSpec", "image_transform", "input_spec", "list_datasets", "load_data"]
@@ -152,7 +153,7 @@ def load_data(
         batch_size: images per training batch.
         validation_batch_size: images per validation batch; ``batch_size`` when absent.
         root: folder of the data.
-        workers: loader processes; digits are in memory and need none.
+        workers: loader processes; data sets in memory (tensors, digits) get none.
         seed: of the training order.
         augment: timm's training augmentation, or a mapping of arguments for ``timm.data.create_transform``
             (``scale``, ``hflip``, ``auto_augment``, ...). Digits are never augmented.
@@ -178,7 +179,7 @@ def load_data(
     val: Dataset[Any]
     if text == "digits":
         train, val = _digits(image)
-        classes, name, workers = 10, "digits", 0
+        classes, name = 10, "digits"
     elif text.startswith("torch/"):
         transforms = _transforms(image, augment)
         train, val, classes = _torchvision(text.removeprefix("torch/"), root, download, transforms, mode)
@@ -216,7 +217,7 @@ def _loader(dataset: Dataset[Any], batch_size: int, workers: int, seed: int, tra
         shuffle=shuffle,
         # As timm does: a rest of one image would leave batch normalisation without a variance.
         drop_last=shuffle and len(dataset) >= batch_size,  # type: ignore[arg-type]
-        num_workers=workers,
+        num_workers=0 if in_memory(dataset) else workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed) if shuffle else None,
     )
@@ -242,6 +243,8 @@ def _own(spec: Any, sizes: tuple[int, int], workers: int, seed: int) -> DataSpli
 
 class _Digits(Dataset[tuple[Tensor, int]]):
     """8x8 grey digits, enlarged batch by batch: at 224 pixels the whole set would take a gigabyte."""
+
+    convsurgery_in_memory = True
 
     def __init__(self, images: Tensor, labels: Tensor, image: InputSpec) -> None:
         self.images, self.targets, self.image = images, labels, image

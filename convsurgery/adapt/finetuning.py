@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +17,14 @@ from torch.utils.data import BatchSampler, DataLoader
 from convsurgery.adapt.checkpoints import RunFolder, Saver
 from convsurgery.adapt.config import FinetuneConfig, make_config
 from convsurgery.adapt.data import load_data
-from convsurgery.adapt.evaluation import device_of, eval_mode
+from convsurgery.adapt.processes import make_accelerator
 from convsurgery.adapt.progress import Progress, make_progress
 from convsurgery.adapt.results import EpochMetrics, FinetuneResult
+from convsurgery.adapt.running import device_of, eval_mode
 from convsurgery.adapt.trainer import Trainer
-from convsurgery.errors import ConvSurgeryError, ModelError, SettingsError, StorageError
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from convsurgery.errors import ConvSurgeryError, ModelError, SettingsError, StorageError, warn
+from convsurgery.files import alone
+from convsurgery.surgery import weights_of
 
 __all__ = ["finetune"]
 
@@ -61,7 +61,9 @@ def finetune(
         teacher: the original model, or any other with the same classes.
         config: settings; ``**settings`` go over them. See :class:`FinetuneConfig` for names, units and defaults.
         output: folder for ``metrics.csv``, ``best/`` and ``last/``; nothing is written without it.
-        resume: True continues the run in ``output``; a path continues the run there. A run stays in its folder.
+        resume: True continues the run in ``output``; a path continues the run there. A run stays in its folder, and
+            keeps its settings, data and teacher; it may be made longer. One that was cut off before anything was
+            finished begins anew.
         overwrite: replace an earlier run in ``output``.
         save: writes a model into a new folder, ``save(model, path)``, including ``model.safetensors``;
             ``convsurgery.save`` when absent.
@@ -78,7 +80,7 @@ def finetune(
             text says where it began and what to change; the model is back at its last good epoch.
         DataError: data that cannot be read or do not fit the model.
         ModelError: a model or teacher that cannot be trained or run on these images.
-        StorageError: an output folder in use, or nothing to resume.
+        StorageError: an output folder in use, also by a run that is under way, or nothing to resume.
 
     Example::
 
@@ -88,6 +90,8 @@ def finetune(
     """
     settings_ = make_config(config, settings)
     _check_models(model, teacher)
+    if teacher is not None and settings_.kd_alpha > 0 and (weights_of(teacher).random or weights_of(teacher).new_head):
+        warn(f"the teacher's weights are {weights_of(teacher)}: what it answers is noise, and nothing to be taught")
     if settings_.eval_metric == "agreement" and teacher is None:
         raise SettingsError("eval_metric 'agreement' needs a teacher; choose top1, top5 or loss (--eval-metric)")
     split = load_data(
@@ -104,18 +108,24 @@ def finetune(
     folder, resuming = _folders(output, resume, save)
     with ExitStack() as stack:
         stack.enter_context(_own_accelerate())
-        accelerator = _accelerator(settings_)
+        accelerator = make_accelerator(settings_)
         stack.enter_context(_random_states(accelerator.device))
         stack.enter_context(_as_before(model, teacher))
         stack.enter_context(_own_sampler(split.train))
         main = accelerator.is_main_process
+        reporter: Progress = make_progress(progress and main, settings_.log_interval)
+        stack.callback(reporter.close)
+        if folder is not None and resuming and folder.begun:
+            reporter.note(f"nothing was finished in {folder.path} yet: the run begins anew")
+            resuming, overwrite = False, True
         state = None
         if folder is not None and resuming:
             state = folder.read(model)
         elif folder is not None and not overwrite:
             folder.refuse_if_used()
-        reporter: Progress = make_progress(progress and main, settings_.log_interval)
-        stack.callback(reporter.close)
+        if folder is not None and main:
+            stack.enter_context(alone(folder.path))
+        origin = str(weights_of(model))
         trainer = Trainer(accelerator, model, teacher, split, settings_, reporter)
         if state is not None:
             _resume(trainer, state)
@@ -125,11 +135,22 @@ def finetune(
         if folder is not None and main:
             folder.begin([vars(row) for row in trainer.history], fresh=state is None)
         trainer.run(folder if main else None, on_epoch)
-        files = folder.files if folder is not None else ()
+        notes = () if trainer.result is None else trainer.result.notes
+        for note in notes:
+            if not note.startswith("agreement"):
+                reporter.note(f"in the end {note}")
         result = FinetuneResult(
-            tuple(trainer.history), trainer.best_epoch, settings_, folder.path if folder else None, files, done
+            tuple(trainer.history),
+            trainer.best_epoch,
+            settings_,
+            folder.path if folder else None,
+            folder.files if folder is not None else (),
+            done,
+            origin,
+            notes,
         )
-        reporter.note(f"best epoch {result.best_epoch}" + (f", in {folder.path / 'best'}" if folder else ""))
+        where = f", in {folder.path / 'best'}" if folder else ""
+        reporter.note(f"best epoch {result.best_epoch}{where}; weights before: {origin}")
     return result
 
 
@@ -181,27 +202,6 @@ def _folders(
 
         save = write
     return RunFolder(path, save, EpochMetrics.columns()), resume is not False
-
-
-def _accelerator(config: FinetuneConfig) -> Accelerator:
-    from accelerate import Accelerator, DataLoaderConfiguration
-    from accelerate.utils import DistributedDataParallelKwargs
-
-    try:
-        accelerator = Accelerator(
-            # None leaves it to `accelerate launch`.
-            mixed_precision={"bfloat16": "bf16", "float16": "fp16"}[config.amp_dtype] if config.amp else None,
-            cpu=config.device == "cpu",
-            gradient_accumulation_steps=config.grad_accum_steps,
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)],
-        )
-    except ValueError as error:
-        raise SettingsError(f"Accelerate cannot start with these settings: {error} (--amp, --amp-dtype)") from error
-    # Accelerate would quietly train in float32.
-    if config.amp and config.amp_dtype == "float16" and accelerator.device.type == "cpu":
-        raise SettingsError("mixed precision with float16 needs a GPU; use amp_dtype='bfloat16' (--amp-dtype bfloat16)")
-    return accelerator
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convsurgery.adapt.evaluation import eval_mode
 from convsurgery.adapt.reconstruction import Reconstructed, reconstruct
+from convsurgery.adapt.running import eval_mode
 from convsurgery.errors import ConversionError, DataError, SettingsError
 from convsurgery.operators import Blend, Fitter, OperatorConfig, OperatorLayer, Start
 from convsurgery.operators.kervolution import AffineFit, NeutralFit, ScaleFit

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convsurgery.adapt.evaluation import eval_mode
+from convsurgery.adapt.running import eval_mode
 from convsurgery.surgery import Entry, Plan
 from convsurgery.surgery.apply import build_layer
 

@@ -63,6 +63,11 @@ class EpochMetrics:
         tie = -loss if loss is not None and loss == loss else -float("inf")
         return (tie if chosen is None else chosen, tie)
 
+    def rank(self, metric: str) -> tuple[float, bool, float, int]:
+        """Larger is better; of equals a trained epoch, then the one with the lower loss, then the later one."""
+        chosen, tie = self.score(metric)
+        return (chosen, self.epoch > 0, tie, self.epoch)
+
     def line(self, epochs: int) -> str:
         """For a plain line of progress."""
         parts = [f"epoch {self.epoch}/{epochs}" if self.epoch else "before training"]
@@ -83,11 +88,13 @@ class FinetuneResult:
 
     Attributes:
         history: the epochs in order; the first entry is epoch 0, the model before training.
-        best_epoch: the one with the best ``eval_metric``; 0 when training only made it worse.
+        best_epoch: the one with the best ``eval_metric``; of equals a trained one; 0 when training only made it worse.
         config: all settings of the run.
         output: the run's folder, or None when nothing was written.
         files: what lies in it.
         resumed_from: epochs that were already done when the run began; None for a fresh run.
+        weights: where the model's weights came from, as far as it is known.
+        notes: what else there is to say: answers no better than chance in the end, a teacher that teaches nothing.
     """
 
     history: tuple[EpochMetrics, ...]
@@ -96,6 +103,8 @@ class FinetuneResult:
     output: Path | None = None
     files: tuple[Path, ...] = ()
     resumed_from: int | None = None
+    weights: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def best(self) -> EpochMetrics:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from convsurgery.adapt.answers import Answers
+from convsurgery.adapt.footing import chance, warn_of_random
 from convsurgery.adapt.images import calibration_images
+from convsurgery.adapt.journal import Journal
 from convsurgery.adapt.scan_report import FORMAT, Scan, ScanRow
-from convsurgery.adapt.scanning import Answers, build, measure, saved_ms, twin_of, walk
+from convsurgery.adapt.scanning import build, measure, saved_ms, twin_of, walk
 from convsurgery.errors import (
     ArgumentError,
     ConversionError,
@@ -25,20 +26,14 @@ from convsurgery.errors import (
     ModelError,
     NoMatchError,
     RuleError,
-    StorageError,
 )
-from convsurgery.files import member, output_folder, read_text, write_text
 from convsurgery.geometry import Site
 from convsurgery.graph import Observation, observe
 from convsurgery.operators import OperatorConfig, Start, bind
-from convsurgery.plain import parse_json
 from convsurgery.rules import PredicateSelector, Rule, Rules, Selector, as_target, parse_selector, parse_target
-from convsurgery.surgery import Entry, make_plan, unwrap
+from convsurgery.surgery import Entry, make_plan, unwrap, weights_of
 
 __all__ = ["Scan", "ScanRow", "scan"]
-
-#: finished rows of a scan that is under way, in its folder
-ROWS = "rows.jsonl"
 
 
 def scan(
@@ -49,6 +44,7 @@ def scan(
     where: str = "all-conv",
     start: str | Start | None = None,
     images: int | None = 256,
+    seed: int = 0,
     latency: bool = True,
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -64,10 +60,13 @@ def scan(
         model: a classifier; not changed. It is measured in eval mode.
         operators: ``"linear-mix | kerv-poly(degree=2) by copy"``, or a sequence of such texts and of configs. They must
             take the place of one convolution.
-        data: a tensor of images, a DataLoader, an iterable of images or ``(images, labels)``, or a folder.
+        data: a tensor of images, a Dataset or a pair (train, val), a DataLoader, an iterable of images or ``(images,
+            labels)``, or a folder.
         where: a selector, the left side of a rule.
         start: how operators begin that do not say it themselves by ``by``; None for their own choice, with data.
-        images: how many to use at most.
+        images: how many to use at most: of a folder, data set or tensor a part drawn from the whole, evenly over
+            folders or classes; of a loader or another iterable the first ones.
+        seed: of the draw.
         latency: whether layers and model are timed.
         output: a folder for the results. Every row is added to its ``rows.jsonl`` when it is finished.
         resume: whether to go on with the rows there.
@@ -75,7 +74,8 @@ def scan(
         example_inputs: what sites are observed on; one of the images by default.
 
     Returns:
-        The rows, those that could not be measured with their reason.
+        The rows, those that could not be measured with their reason. Agreement is left out where the model answers all
+        images with one class. Warns when the model's weights are random.
 
     Raises:
         RuleError: for operators or a selector that cannot be read; NoMatchError when no convolution matches.
@@ -93,9 +93,11 @@ def scan(
     if resume and output is None:
         raise ArgumentError("resume", "resume=True goes on with rows in a folder: give output=folder")
     options, selector = _options(operators, start), parse_selector(where)
-    batches = list(calibration_images(data, model, images=images))
-    if not batches:
+    source = calibration_images(data, model, images=images, seed=seed)
+    labelled = list(source.labelled())
+    if not labelled:
         raise DataError("there are no images to measure on")
+    batches = [batch for batch, _ in labelled]
     # A copy: a model whose control flow depends on values is observed on them, and may work on them in place.
     inputs: Any = batches[0][:1].clone() if example_inputs is None else example_inputs
     seen = observe(model, (inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
@@ -113,7 +115,7 @@ def scan(
             "inputs": [list(shape) for shape in seen.input_shapes],
             "images": _digest(("", batch) for batch in batches),
         }
-        journal = _Journal(output, header, resume=resume)
+        journal = Journal(output, header, resume=resume)
         done = {row.key: row for row in map(ScanRow.from_dict, journal.rows)}
 
     def finish(row: ScanRow) -> None:
@@ -123,12 +125,15 @@ def scan(
         if on_row is not None:
             on_row(row)
 
+    warn_of_random(model=model)
     with torch.no_grad():
-        forward_ms, how = _measure(model, batches, jobs, done, finish, latency)
+        answers, how = _measure(model, labelled, jobs, done, finish, latency)
     rows = tuple(done[job.row.key] for job in jobs)
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     macs = sum(site.cost.macs for site in seen.sites)
-    found = Scan(label, rows, sum(map(len, batches)), params, macs, forward_ms, how)
+    took = answers.milliseconds if latency else None
+    told = (str(source), str(weights_of(model)), _notes(rows, answers))
+    found = Scan(label, rows, sum(map(len, batches)), params, macs, took, how, *told)
     if output is not None:
         found.save(output)
     return found
@@ -233,16 +238,17 @@ def _left(site: Site, option: _Option, reason: str) -> _Job:
 
 def _measure(
     model: nn.Module,
-    batches: list[Tensor],
+    labelled: Sequence[tuple[Tensor, Tensor | None]],
     jobs: Sequence[_Job],
     done: Mapping[tuple[str, str, str], ScanRow],
     finish: Callable[[ScanRow], None],
     latency: bool,
-) -> tuple[float | None, str]:
-    """Measure all jobs that are not done; returns the forward's milliseconds per image, and how the model was seen."""
+) -> tuple[Answers, str]:
+    """Measure all jobs that are not done; returns what the model answers, and how it was seen."""
     twin = twin_of(model)
+    batches = [batch for batch, _ in labelled]
     way = walk(twin, batches)
-    answers = Answers(twin, batches)
+    answers = Answers(twin, batches, [labels for _, labels in labelled])
     by_site: dict[str, list[_Job]] = {}
     for job in jobs:
         if job.row.key not in done:
@@ -266,7 +272,27 @@ def _measure(
             finish(dataclasses.replace(job.row, **vars(damage), latency_saved=saved))
         if stand is not None:
             way.leave(stand)
-    return answers.milliseconds if latency else None, way.seen
+    return answers, way.seen
+
+
+def _notes(rows: Sequence[ScanRow], answers: Answers) -> tuple[str, ...]:
+    """Why agreement was not measured, and which replacements alone end no better than the most frequent class."""
+    notes = [f"agreement {answers.refused}"] if answers.refused is not None else []
+    own = chance(answers.correct, answers.occurring)
+    if own is not None:
+        return (*notes, own)
+    lost = []
+    for row in rows:
+        if row.top1 is not None and chance(round(row.top1 * answers.images), answers.occurring) is not None:
+            lost.append(f"{row.operator} at {row.site or '(the model itself)'}")
+    if lost:
+        usual = 100 * int(answers.occurring.max()) / answers.images
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        notes.append(
+            f"right answers no better than always the most frequent class ({usual:.2f} %) by one replacement alone: "
+            f"{', '.join(lost[:3])}{more}"
+        )
+    return tuple(notes)
 
 
 def _label(model: nn.Module) -> str:
@@ -284,77 +310,3 @@ def _digest(tensors: Iterable[tuple[str, Any]]) -> str:
             digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-class _Journal:
-    """Finished rows of a scan that is under way, a line each, behind a line that says of what scan.
-
-    Args:
-        directory: made when absent.
-        header: what the scan is of.
-        resume: whether rows may be there already.
-
-    Raises:
-        StorageError: for rows that are there without ``resume``, rows of another scan, a file that is none of ours,
-            and a folder that cannot be written.
-    """
-
-    def __init__(self, directory: str | os.PathLike[str], header: Mapping[str, Any], *, resume: bool) -> None:
-        self.path = Path(directory) / ROWS
-        self.rows: list[dict[str, Any]] = []
-        try:
-            output_folder(self.path.parent)
-            found = self._found()
-            if found and not resume:
-                raise StorageError(
-                    f"{self.path} holds rows of an earlier scan: resume=True (--resume) goes on with it, "
-                    "another folder begins anew"
-                )
-            if found:
-                self._compare(found[0], header)
-                self.rows = found[1:]
-            write_text(self.path, "".join(map(_line, (dict(header), *self.rows))), named=False)
-        except OSError as error:
-            raise StorageError(f"cannot write to {self.path}: {error}") from error
-
-    def _found(self) -> list[dict[str, Any]]:
-        """What an earlier scan left: its header and rows; nothing where it finished no row."""
-        if not self.path.exists():
-            return []
-        lines = read_text(member(self.path.parent, ROWS)).split("\n")
-        # Behind the last line break stands what was cut off.
-        found = []
-        for number, line in enumerate(lines[:-1], start=1):
-            item = parse_json(line, f"{self.path}, line {number}")
-            if not isinstance(item, dict):
-                raise StorageError(f"{self.path}, line {number}: not what a scan writes; take another folder")
-            found.append(item)
-        return found if len(found) > 1 else []
-
-    def _compare(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        different = []
-        for name in dict.fromkeys([*wanted, *found]):
-            old, new = found.get(name), wanted.get(name)
-            if old != new:
-                told = name in ("weights", "images") or old is None or new is None
-                different.append(f"other {name}" if told else f"{name} {_brief(old)}, now {_brief(new)}")
-        if different:
-            raise StorageError(
-                f"{self.path} is of another scan: {'; '.join(different)}. Give what was given then, or another folder"
-            )
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Write one finished row."""
-        try:
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(_line(row))
-        except OSError as error:
-            raise StorageError(f"cannot write to {self.path}: {error}") from error
-
-
-def _line(item: Mapping[str, Any]) -> str:
-    return json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _brief(value: Any) -> str:
-    return " | ".join(map(str, value)) if isinstance(value, list) else repr(value)

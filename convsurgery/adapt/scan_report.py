@@ -34,11 +34,13 @@ class ScanRow:
         error: relative error at the layer's output: √(mean square over variance), channels averaged.
         kl: mean Kullback-Leibler divergence of the replaced model's answers from the model's own, in nats; infinite
             for scores that are not finite.
-        agreement: share of images that are answered as before, 0 to 1.
+        agreement: share of images that are answered as before, 0 to 1; None where the model answers all of them with
+            one class, so that keeping its answers would say nothing.
         params_saved: trainable parameters; below 0 when the operator has more.
         macs_saved: multiply-accumulates for one image.
         latency_saved: milliseconds for one image, layer against convolution; None when not measured.
         reason: why the row was not measured; the numbers are then None.
+        top1: share of images that are answered right, 0 to 1; None where labels are not known.
     """
 
     site: str
@@ -52,6 +54,7 @@ class ScanRow:
     macs_saved: int | None = None
     latency_saved: float | None = None
     reason: str | None = None
+    top1: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The row as texts and numbers; what is not finite becomes a text, for JSON has no such numbers."""
@@ -64,12 +67,13 @@ class ScanRow:
     def from_dict(cls, data: Any) -> ScanRow:
         """Read what :meth:`to_dict` gives; StorageError for anything else."""
         try:
-            row = cls(**{name: _read(name, data[name]) for name in COLUMNS})
+            # Rows of earlier versions know no labels.
+            row = cls(**{name: _read(name, data[name]) for name in COLUMNS if name != "top1" or name in data})
         except KeyError as error:
             raise StorageError(f"a row of the scan has no {error}") from error
         except (TypeError, ValueError, OverflowError) as error:
             raise StorageError(f"a row of the scan is not what convsurgery writes: {error}") from error
-        if row.reason is None and None in (row.error, row.kl, row.agreement, row.params_saved, row.macs_saved):
+        if row.reason is None and None in (row.error, row.kl, row.params_saved, row.macs_saved):
             raise StorageError(f"the row of {row.operator} at {row.site!r} has neither numbers nor a reason")
         return row
 
@@ -108,6 +112,9 @@ class Scan:
         macs_total: multiply-accumulates of all its convolutions for one image.
         forward_ms: milliseconds of its forward for one image, or None.
         seen: whether only what comes behind each site was computed again (FX), or the whole model, and why.
+        data: which images these were, such as "256 of 1,347 images, seed 0".
+        weights: where the model's weights come from, as far as it is known.
+        notes: what else there is to say: why agreement was not measured, answers no better than chance.
     """
 
     model: str
@@ -117,6 +124,9 @@ class Scan:
     macs_total: int
     forward_ms: float | None
     seen: str
+    data: str = ""
+    weights: str = ""
+    notes: tuple[str, ...] = ()
 
     def to_json(self, indent: int | None = None) -> str:
         """The scan as a JSON text that :meth:`from_json` reads back to an equal scan."""
@@ -140,7 +150,10 @@ class Scan:
             rows = tuple(map(ScanRow.from_dict, data["rows"]))
             images, params, macs = (int(data[name]) for name in ("images", "params_total", "macs_total"))
             took = None if data["forward_ms"] is None else float(data["forward_ms"])
-            return cls(str(data["model"]), rows, images, params, macs, took, str(data["seen"]))
+            # Scans of earlier versions do not say these.
+            _check_agreement(rows, data.get("notes", ()))
+            told = (str(data.get("data", "")), str(data.get("weights", "")), tuple(map(str, data.get("notes", ()))))
+            return cls(str(data["model"]), rows, images, params, macs, took, str(data["seen"]), *told)
         except KeyError as error:
             raise StorageError(f"the scan has no {error}") from error
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -170,6 +183,13 @@ class Scan:
         return scan_text(self)
 
 
+def _check_agreement(rows: Sequence[ScanRow], notes: Sequence[Any]) -> None:
+    """A scan without agreements says why in its notes."""
+    for row in rows:
+        if row.reason is None and row.agreement is None and not any("n/a" in str(note) for note in notes):
+            raise StorageError(f"the row of {row.operator} at {row.site!r} has neither numbers nor a reason")
+
+
 def scan_text(scan: Scan, width: int = 80) -> str:
     """The measured rows as a table, those left out summarised below."""
     from rich import box
@@ -191,7 +211,7 @@ def scan_text(scan: Scan, width: int = 80) -> str:
         operator = row.operator.replace("(", " (")
         if len(starts[row.operator]) > 1:
             operator += f" by {row.start}"
-        line = [_label(row), operator, _short(row.error), _short(row.kl), f"{100 * (row.agreement or 0):.1f}%"]
+        line = [_label(row), operator, _short(row.error), _short(row.kl), _percent(row.agreement)]
         line += [signed(row.params_saved or 0), signed(row.macs_saved or 0)]
         cells.append([*line, *([_short(row.latency_saved)] if timed else [])])
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
@@ -206,8 +226,9 @@ def scan_text(scan: Scan, width: int = 80) -> str:
     for line in cells:
         table.add_row(*line)
     lines = [f"{operator} by {', '.join(used)}" for operator, used in starts.items()]
-    lines += _left_out(scan.rows)
+    lines += [*_left_out(scan.rows), *scan.notes]
     lines.append("error: at the layer's output. params, MACs, ms: saved, for one image; below 0 it costs more")
+    lines += [f"images: {scan.data}"] * bool(scan.data) + [f"weights: {scan.weights}"] * bool(scan.weights)
     lines.append(f"seen by {scan.seen}")
     total = f"the model: {count(scan.params_total)} parameters, {count(scan.macs_total)} MACs in convolutions"
     lines.append(total if scan.forward_ms is None else f"{total}, {scan.forward_ms:.3g} ms per image")
@@ -246,6 +267,10 @@ def _short(number: float | None) -> str:
     return "" if number is None else f"{number:.2g}"
 
 
+def _percent(share: float | None) -> str:
+    return "n/a" if share is None else f"{100 * share:.1f}%"
+
+
 def scan_csv(rows: Sequence[ScanRow], columns: Sequence[str]) -> str:
     """All rows with a line of heads; what was not measured is empty."""
     stream = io.StringIO()
@@ -268,6 +293,8 @@ def draw(scan: Scan, metric: str = "agreement") -> str:
     """
     if metric not in ("agreement", "kl"):
         raise ConvSurgeryError(f"a scan is drawn by agreement or kl, not by {metric!r}")
+    if metric == "agreement" and any(row.reason is None and row.agreement is None for row in scan.rows):
+        raise ConvSurgeryError("the scan has no agreement to draw: " + "; ".join(scan.notes))
     try:
         import matplotlib
         from matplotlib.figure import Figure

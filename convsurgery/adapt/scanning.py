@@ -10,7 +10,6 @@ import copy
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
+from convsurgery.adapt.answers import Answers
 from convsurgery.adapt.fitting import fit_method
 from convsurgery.adapt.losses import logits_of
+from convsurgery.adapt.timing import now
 from convsurgery.errors import ConversionError, ModelError
 from convsurgery.geometry import Site
 from convsurgery.graph.copying import computed_attributes, copy_modules
@@ -32,7 +33,7 @@ from convsurgery.operators.moments import Moments
 from convsurgery.surgery.absorb import can_absorb
 from convsurgery.surgery.apply import build_layer
 
-__all__ = ["Answers", "Damage", "New", "Stand", "Walk", "build", "measure", "saved_ms", "twin_of", "walk"]
+__all__ = ["Damage", "New", "Stand", "Walk", "build", "measure", "saved_ms", "twin_of", "walk"]
 
 #: values that are added up at a time: sums in float64 are fast while their temporaries stay in the cache
 _CHUNK = 2**17
@@ -290,42 +291,20 @@ def _norm(twin: nn.Module, site: Site) -> Any:
     return norm if can_absorb(norm) else None
 
 
-class Answers:
-    """What the model itself answers, batch by batch, and how long it takes for one image.
-
-    Raises:
-        ModelError: for scores that are not finite.
-    """
-
-    def __init__(self, twin: nn.Module, batches: Sequence[Tensor]) -> None:
-        self.logs: list[Tensor] = []
-        self.tops: list[Tensor] = []
-        taken = []
-        for batch in batches:
-            given = batch.clone()
-            begun = _now(given)
-            logits = logits_of(twin(given))
-            taken.append((_now(logits) - begun) / len(batch))
-            if not bool(torch.isfinite(logits).all()):
-                raise ModelError("the model itself gives scores that are not finite: look at the images and weights")
-            self.logs.append(F.log_softmax(logits.double(), dim=1))
-            self.tops.append(logits.argmax(dim=1))
-        self.milliseconds = 1000 * statistics.median(taken)
-        self.images = sum(map(len, batches))
-
-
 @dataclass(frozen=True)
 class Damage:
-    """Relative error at the layer's output, mean KL in nats, and the share of answers kept."""
+    """Relative error at the layer's output, mean KL in nats, the share of answers kept (None where keeping them says
+    nothing), and the share of right answers, where labels are known."""
 
     error: float
     kl: float
-    agreement: float
+    agreement: float | None
+    top1: float | None
 
 
 def measure(way: Walk, stand: Stand, new: New, answers: Answers) -> Damage:
     """What the model answers with ``new`` in the place of the convolution."""
-    moments, kl, kept = Moments(), 0.0, 0
+    moments, kl, kept, right = Moments(), 0.0, 0, 0
     with _swapped(way.root, new.modules):
         for number, calls in enumerate(stand.calls):
             output: Tensor | None = None
@@ -337,15 +316,23 @@ def measure(way: Walk, stand: Stand, new: New, answers: Answers) -> Damage:
                     output = out.clone() if out.data_ptr() == x.data_ptr() else out
             logits = way.answer(number, stand, output)
             finite = torch.isfinite(logits).all(dim=1)
-            kept += int((finite & (logits.argmax(dim=1) == answers.tops[number])).sum())
+            top = logits.argmax(dim=1)
+            kept += int((finite & (top == answers.tops[number])).sum())
+            if answers.labels is not None:
+                right += int((finite & (top == answers.labels[number])).sum())
             if bool(finite.all()):
                 log = F.log_softmax(logits.double(), dim=1)
                 kl += float(F.kl_div(log, answers.logs[number], reduction="sum", log_target=True))
             else:
                 kl = math.inf
     error = moments.error(1.0, 0.0 if new.offset is None else new.offset)
-    # Of scores that are alike up to rounding the sum may fall below 0.
-    return Damage(error if math.isfinite(error) else math.inf, max(kl, 0.0) / answers.images, kept / answers.images)
+    return Damage(
+        error if math.isfinite(error) else math.inf,
+        # Of scores that are alike up to rounding the sum may fall below 0.
+        max(kl, 0.0) / answers.images,
+        kept / answers.images if answers.refused is None else None,
+        right / answers.images if answers.labels is not None else None,
+    )
 
 
 def _add(moments: Moments, x: Tensor, y: Tensor) -> None:
@@ -369,14 +356,7 @@ def saved_ms(stand: Stand, new: New) -> float:
 
 
 def _seconds(layer: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> float:
-    begun = _now(inputs[0])
+    begun = now(inputs[0])
     for x in inputs:
         layer(x)
-    return _now(inputs[0]) - begun
-
-
-def _now(near: Tensor) -> float:
-    """Seconds, once the device of ``near`` has done what it was given."""
-    if near.device.type == "cuda":
-        torch.cuda.synchronize(near.device)
-    return time.perf_counter()
+    return now(inputs[0]) - begun

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+from torch import Tensor
 
-__all__ = ["milliseconds"]
+__all__ = ["milliseconds", "now"]
 
 
 def milliseconds(first: Callable[[], object], second: Callable[[], object], rounds: int = 5) -> tuple[float, float]:
@@ -28,3 +29,10 @@ def milliseconds(first: Callable[[], object], second: Callable[[], object], roun
 def _wait() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def now(near: Tensor) -> float:
+    """Seconds, once the device of ``near`` has done what it was given."""
+    if near.device.type == "cuda":
+        torch.cuda.synchronize(near.device)
+    return time.perf_counter()

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from convsurgery.adapt.checkpoints import RunFolder
 from convsurgery.adapt.config import FinetuneConfig
 from convsurgery.adapt.data import DataSplit
-from convsurgery.adapt.evaluation import EvalResult, count, eval_mode, summarise, unpack
+from convsurgery.adapt.evaluation import EvalResult, count, summarise, told_before, unpack
 from convsurgery.adapt.guard import LossWatch, Snapshot, advice, first_nonfinite, nonfinite_gradients
 from convsurgery.adapt.losses import TaskLoss, check_labels, logits_of
 from convsurgery.adapt.optim import carry_over, make_optimizer, make_scheduler
 from convsurgery.adapt.progress import Progress
 from convsurgery.adapt.results import EpochMetrics
+from convsurgery.adapt.resuming import check_resumed, identity
+from convsurgery.adapt.running import eval_mode
 from convsurgery.adapt.scales import ScaleWatch
 from convsurgery.adapt.schedule import StartSchedule
 from convsurgery.adapt.sharing import share
@@ -34,8 +36,6 @@ __all__ = ["Trainer"]
 
 # A float16 scaler looks for its scale by skipping updates, at most about twenty in a row from 65536 down to nothing.
 _SKIPS = 25
-# A resumed run may change these; everything else decides the numbers it computes.
-_FREE = {"epochs", "log_interval", "workers", "validation_batch_size", "device", "divergence"}
 
 
 class _Scores(nn.Module):
@@ -80,6 +80,8 @@ class Trainer:
         self.train_loader = accelerator.prepare_data_loader(split.train, device_placement=False)
         self.val_loader = None if split.val is None else share(split.val, accelerator, config.seed)
         self.updates_per_epoch = self._updates_per_epoch()
+        self.identity = identity(split, teacher, self.updates_per_epoch)
+        self.result: EvalResult | None = None
         self._prepare()
         self.snapshot = Snapshot(model)
         self.skipped = 0
@@ -159,6 +161,7 @@ class Trainer:
             "epoch": self.history[-1].epoch,
             "config": self.config.to_dict(),
             "distilling": self.distilling,
+            "identity": self.identity,
             "history": [vars(row) for row in self.history],
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -169,23 +172,17 @@ class Trainer:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state` gave; the weights are in place already."""
-        mine = {**self.config.to_dict(), "distilling": self.distilling}
-        theirs = {**state["config"], "distilling": state["distilling"]}
-        # A setting that the version before did not have was at its default.
-        theirs = {**FinetuneConfig().to_dict(), **theirs}
-        changed = [f"{name} {theirs[name]} → {mine[name]}" for name in mine if mine[name] != theirs[name]]
-        changed = [text for text in changed if text.split()[0] not in _FREE]
-        if changed:
-            raise TrainingError(
-                f"a resumed run keeps the settings it began with; changed: {', '.join(changed)}. "
-                f"To train on with others, load last/ and begin a new run"
-            )
+        check_resumed(state, self.config, self.distilling, self.identity)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.starts.eps = state.get("eps", {})
         self.starts.order = state.get("blends", {})
         self.history = [EpochMetrics(**row) for row in state["history"]]
+        if self.scheduler is not None:
+            # Of a run that is made longer the rate is another one from here on.
+            self.scheduler.step_update(self.epochs_done * self.updates_per_epoch)
+            self.scheduler.step(self.epochs_done)
         self.snapshot = Snapshot(self.model)
 
     @property
@@ -194,8 +191,7 @@ class Trainer:
 
     @property
     def best_epoch(self) -> int:
-        # max keeps the first of equals.
-        return max(self.history, key=lambda row: row.score(self.config.eval_metric)).epoch
+        return max(self.history, key=lambda row: row.rank(self.config.eval_metric)).epoch
 
     def run(self, folder: RunFolder | None, on_epoch: Callable[[EpochMetrics], object] | None) -> None:
         """Train what is left of the epochs; only the main process is given a folder."""
@@ -208,7 +204,10 @@ class Trainer:
     def _run(self, folder: RunFolder | None, on_epoch: Callable[[EpochMetrics], object] | None) -> None:
         if not self.history:
             start = time.perf_counter()
-            self._record(EpochMetrics.of(0, self._validate(), seconds=time.perf_counter() - start), folder, on_epoch)
+            result = self._validate()
+            for note in told_before(result, self.config, distilling=self.distilling):
+                self.progress.note(note)
+            self._record(EpochMetrics.of(0, result, seconds=time.perf_counter() - start), folder, on_epoch)
         for epoch in range(self.epochs_done + 1, self.config.epochs + 1):
             start = time.perf_counter()
             self._seed(epoch)
@@ -263,11 +262,13 @@ class Trainer:
                 teacher=self.teacher,
                 device=self.device,
                 autocast=self.accelerator.autocast,
+                classes=self.classes,
             )
         if self.accelerator.num_processes > 1:
             # float32, as not every device has float64; counts below 2**24 stay exact.
             sums = self.accelerator.reduce(sums.float().to(self.device), "sum").cpu().double()
-        return summarise(sums, self.teacher is not None)
+        self.result = summarise(sums, self.teacher is not None)
+        return self.result
 
     def _train(self, epoch: int) -> tuple[float, float]:
         """Mean loss over the samples of the epoch, and the learning rate of the last update."""

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from convsurgery import zoo
 from convsurgery.adapt.auto import auto_rule
 from convsurgery.adapt.calibration import fits_of, run_fits
 from convsurgery.adapt.fitting import FitOptions, LayerFit
-from convsurgery.adapt.images import calibration_images
-from convsurgery.api.choosing import auto
+from convsurgery.adapt.images import Images, calibration_images
+from convsurgery.api.choosing import MOST, auto
 from convsurgery.api.planning import Inputs, inputs_for, look
 from convsurgery.errors import ConversionError, warn
 from convsurgery.operators import Start
@@ -58,7 +59,8 @@ def convert(
         True
     """
     made, trial = _trial(model, rule, example_inputs, start, calibration, on_layer)
-    return apply(model, made, example_inputs=inputs_for(model, example_inputs)) if trial is None else trial
+    inputs = inputs_for(model, example_inputs)
+    return _of_known_weights(apply(model, made, example_inputs=inputs) if trial is None else trial, made)
 
 
 def convert_(
@@ -83,7 +85,7 @@ def convert_(
     kept = list(model.parameters())
     new = apply_(model, made, example_inputs=inputs, then=None if trial is None else partial(_take_fits, made, trial))
     _tell_optimisers(before, kept, new)
-    return new
+    return _of_known_weights(new, made)
 
 
 def _tell_optimisers(before: dict[int, str], kept: list[nn.Parameter], new: nn.Module) -> None:
@@ -123,6 +125,13 @@ def _take_fits(made: Plan, trial: nn.Module, new: nn.Module, undo: Undo) -> None
     set_record(new, dataclasses.replace(done, norms=its.norms))
 
 
+def _of_known_weights(new: nn.Module, made: Plan) -> nn.Module:
+    """``new``, which remembers where its weights came from, if anybody knows."""
+    if made.weights and not made.weights.startswith("unknown"):
+        zoo.note_origin(new, zoo.Origin.parse(made.weights))
+    return new
+
+
 def _trial(
     model: nn.Module,
     rule: RulesLike,
@@ -134,7 +143,9 @@ def _trial(
     """The plan to carry out, and a converted copy of ``model`` where something had to be fitted or chosen."""
     rules = as_rules(rule)
     if calibration is not None and auto_rule(rules) is not None:
-        result = auto(model, rules, calibration, example_inputs=example_inputs, start=start)
+        # Who said how many images to use has said it.
+        most = None if isinstance(calibration, Images) else MOST
+        result = auto(model, rules, calibration, images=most, example_inputs=example_inputs, start=start)
         for layer in result.calibration.layers if result.calibration is not None and on_layer is not None else ():
             on_layer(layer)  # type: ignore[misc]
         return result.plan, result.model

@@ -16,7 +16,7 @@ from convsurgery.errors import ModelError
 from convsurgery.graph import Observation, Template, observe
 from convsurgery.operators import Start
 from convsurgery.rules import PatternSelector, Rules, RulesLike, as_rules, parse_selector
-from convsurgery.surgery import Plan, make_plan, unwrap
+from convsurgery.surgery import Plan, make_plan, unwrap, weights_of
 
 __all__ = ["Inputs", "View", "inputs_for", "look", "pattern", "plan"]
 
@@ -73,10 +73,12 @@ class View:
     label: str
     params: int
     seen: Observation
+    weights: zoo.Origin
 
     def plan(self, rules: Rules, start: str | Start | None, *, data: bool) -> Plan:
         begin = None if start is None else Start.parse(start)
-        return make_plan(self.label, self.params, self.seen, rules, begin, data=data)
+        made = make_plan(self.label, self.params, self.seen, rules, begin, data=data)
+        return dataclasses.replace(made, weights=str(self.weights))
 
 
 def look(model: nn.Module, example_inputs: Inputs = None) -> View:
@@ -85,7 +87,7 @@ def look(model: nn.Module, example_inputs: Inputs = None) -> View:
         wrapper = type(model).__name__
         raise ModelError(f"{wrapper} wraps the model: convert the model itself, then compile or parallelise it")
     params = sum(p.numel() for p in model.parameters() if p.requires_grad and not is_lazy(p))
-    return View(_label(model), params, observe(model, inputs_for(model, example_inputs)))
+    return View(_label(model), params, observe(model, inputs_for(model, example_inputs)), weights_of(model))
 
 
 def pattern(code: nn.Module | Callable[..., Any], tests: str = "", *, name: str | None = None) -> PatternSelector:

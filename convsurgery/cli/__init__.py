@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 __all__ = ["main"]
 
@@ -25,7 +29,10 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     command = typer.main.get_command(build())
     try:
-        code = command.main([a for a in arguments if a != "--debug"], prog_name="convsurgery", standalone_mode=False)
+        with _own_warnings():
+            code = command.main(
+                [a for a in arguments if a != "--debug"], prog_name="convsurgery", standalone_mode=False
+            )
         return int(code or 0)
     except typer.Exit as stop:
         return stop.exit_code
@@ -50,3 +57,22 @@ def run(arguments: list[str]) -> int:
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
         print("this is a defect of convsurgery; --debug shows where it arose", file=sys.stderr)
         return FAILED
+
+
+@contextmanager
+def _own_warnings() -> Iterator[None]:
+    """Our warnings as a line each on standard error; others as Python shows them."""
+    from convsurgery.errors import ConvSurgeryWarning
+
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, ConvSurgeryWarning):
+                print(f"warning: {message}", file=sys.stderr)
+            else:
+                others(message, category, *rest, **more)
+
+        warnings.simplefilter("always", ConvSurgeryWarning)
+        warnings.showwarning = show
+        yield

@@ -6,7 +6,7 @@ from convsurgery.surgery.decide import make_plan
 from convsurgery.surgery.dial import nonlinearity, set_nonlinearity
 from convsurgery.surgery.fuse import fuse
 from convsurgery.surgery.plan import Entry, Plan
-from convsurgery.surgery.record import Record, record, unwrap
+from convsurgery.surgery.record import Record, record, unwrap, weights_of
 from convsurgery.surgery.storage import load, load_weights, named_folder, save
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "set_blend",
     "set_nonlinearity",
     "unwrap",
+    "weights_of",
 ]

@@ -15,7 +15,7 @@ from convsurgery.errors import StorageError
 from convsurgery.files import member, read_json
 from convsurgery.surgery.weights import digest
 
-__all__ = ["CONFIG", "FORMAT", "WEIGHTS", "digest_of", "pending", "read_config", "weights_of"]
+__all__ = ["CONFIG", "FORMAT", "WEIGHTS", "digest_of", "pending", "read_config", "weights_file"]
 
 FORMAT = 1
 CONFIG = "convsurgery.json"
@@ -32,7 +32,7 @@ def pending(sha256: str) -> str:
     return f".{WEIGHTS}.{sha256[:16]}"
 
 
-def weights_of(folder: Path, config: Mapping[str, Any]) -> Path:
+def weights_file(folder: Path, config: Mapping[str, Any]) -> Path:
     """The file of weights that belongs to ``config``: of a save that was cut off it still has its other name."""
     described = config.get("weights")
     usual = folder / WEIGHTS
@@ -63,7 +63,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise StorageError(f"{path} has no {key!r}")
         if not isinstance(config[key], kind):
             raise StorageError(f"{path}: {key!r} is of the wrong kind, {type(config[key]).__name__}")
-    more = sorted(set(config) - {*_KINDS, "format", "versions", "preprocessing", "weights", "reason"})
+    more = sorted(set(config) - {*_KINDS, "format", "versions", "preprocessing", "origin", "weights", "reason"})
     if more:
         raise StorageError(f"{path}: {more[0]!r:.80} is nothing that this version of convsurgery writes")
     _check(config, path)
@@ -96,6 +96,8 @@ def _check(config: Mapping[str, Any], path: Path) -> None:
         raise StorageError(f"{path}: 'frozen' is not a list of names")
     if not isinstance(config.get("reason", ""), str):
         raise StorageError(f"{path}: 'reason' is not a text")
+    if not isinstance(config.get("origin", ""), str):
+        raise StorageError(f"{path}: 'origin' is no text: {config['origin']!r:.80}")
     versions = config.get("versions", {})
     if not isinstance(versions, dict) or not all(isinstance(text, str) for text in versions.values()):
         raise StorageError(f"{path}: 'versions' is not a mapping of texts")

@@ -79,6 +79,7 @@ class Plan:
         notes: what else there is to say, such as blocks that overlap with others.
         others: convolutions that a forward pass executes and that are no Conv2d of the model, so that no rule can take
             them.
+        weights: where the model's weights came from, as far as it is known; "" in plans of earlier versions.
     """
 
     model: str
@@ -89,6 +90,7 @@ class Plan:
     total_params: int
     notes: tuple[str, ...] = ()
     others: tuple[OtherConv, ...] = ()
+    weights: str = ""
 
     @property
     def executed(self) -> int:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from convsurgery import zoo
 from convsurgery.operators import Start
 from convsurgery.surgery.plan import Entry, Plan
 
-__all__ = ["Record", "add_to_record", "record", "restore_record", "set_record", "unwrap"]
+__all__ = ["Record", "add_to_record", "record", "restore_record", "set_record", "unwrap", "weights_of"]
 
 _ATTRIBUTE = "_convsurgery_record"
 
@@ -60,6 +61,13 @@ def record(model: nn.Module) -> Record | None:
     """What convsurgery did to ``model``; None for a model it did not convert."""
     found = getattr(unwrap(model), _ATTRIBUTE, None)
     return found if isinstance(found, Record) else None
+
+
+def weights_of(model: nn.Module) -> zoo.Origin:
+    """Where the weights of ``model`` come from, as far as it is known: by itself, or by the plan it was made by."""
+    done = record(model)
+    known = done.plans[-1].weights if done is not None and done.plans else ""
+    return zoo.origin_of(unwrap(model), before=zoo.Origin.parse(known) if known else None)
 
 
 def set_record(model: nn.Module, value: Record) -> None:

@@ -23,11 +23,11 @@ from convsurgery.errors import ConvSurgeryError, ModelError, StorageError, warn
 from convsurgery.files import is_folder_with, locked, staging, with_usual_mode
 from convsurgery.graph import copy_model
 from convsurgery.surgery.apply import apply_
-from convsurgery.surgery.folder import CONFIG, FORMAT, WEIGHTS, digest_of, pending, read_config, weights_of
+from convsurgery.surgery.folder import CONFIG, FORMAT, WEIGHTS, digest_of, pending, read_config, weights_file
 from convsurgery.surgery.fuse import fuse
 from convsurgery.surgery.plan import Plan
 from convsurgery.surgery.rebuilt import difference, wrapped_inside
-from convsurgery.surgery.record import Record, record, set_record, unwrap
+from convsurgery.surgery.record import Record, record, set_record, unwrap, weights_of
 from convsurgery.surgery.weights import describe, digest, header, load_weights
 
 __all__ = ["CONFIG", "FORMAT", "WEIGHTS", "load", "load_weights", "named_folder", "read_weights_of", "save"]
@@ -100,6 +100,7 @@ def save(
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "input_size": list(zoo.input_size(model)),
         "preprocessing": zoo.preprocessing(model),
+        "origin": str(weights_of(model)),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "torchvision")},
     }
     folder = Path(directory)
@@ -234,7 +235,7 @@ def _load(folder: Path, base: nn.Module | None) -> nn.Module:
         plans = tuple(map(Plan.from_dict, config["plans"]))
     except StorageError as error:
         raise StorageError(f"{folder / CONFIG}: {error}") from error
-    weights = weights_of(folder, config)
+    weights = weights_file(folder, config)
     held = header(weights)
     with _budget(held):
         model: nn.Module = _base(folder, config, base, held, plans)
@@ -257,6 +258,8 @@ def _load(folder: Path, base: nn.Module | None) -> nn.Module:
         parameter.requires_grad_(name not in frozen and parameter.is_floating_point())
     channels, height, width = config["input_size"]
     zoo.set_input_size(model, (channels, height, width))
+    if "origin" in config:
+        zoo.note_origin(model, zoo.Origin.parse(config["origin"]))
     return model.eval()
 
 
@@ -294,7 +297,7 @@ def read_weights_of(folder: Path) -> tuple[Path, Mapping[str, Any] | None]:
         StorageError: as :func:`load`.
     """
     config = read_config(folder)
-    path, described = weights_of(folder, config), config.get("weights")
+    path, described = weights_file(folder, config), config.get("weights")
     if described is not None and digest(path) != described["sha256"]:
         raise StorageError(f"{path} is not the file that was saved: its SHA-256 is not the one {CONFIG} says")
     return path, described

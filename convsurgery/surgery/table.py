@@ -141,7 +141,9 @@ def _caption(plan: Plan) -> tuple[str, str]:
     total = plan.total_params
     change = _change(total, total + after.params - before.params)
     foot = f"parameters {change} · MACs in convolutions {_change(before.macs, after.macs)}"
-    return head, "\n".join([*_starts(plan), *_notes(plan), *map(str, plan.others), f"seen by {plan.seen}", foot])
+    weights = [f"weights: {plan.weights}"] if plan.weights else []
+    said = [*_starts(plan), *_notes(plan), *map(str, plan.others), *weights]
+    return head, "\n".join([*said, f"seen by {plan.seen}", foot])
 
 
 def _notes(plan: Plan, most: int = 3) -> list[str]:

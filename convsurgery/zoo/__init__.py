@@ -7,12 +7,14 @@ from convsurgery.zoo.checkpoint import load_checkpoint
 from convsurgery.zoo.identify import identify
 from convsurgery.zoo.inputs import example_inputs, input_kind
 from convsurgery.zoo.names import Base, list_models
+from convsurgery.zoo.origin import Origin, note_origin, origin_of
 from convsurgery.zoo.preprocessing import preprocessing, set_preprocessing
 from convsurgery.zoo.sizes import input_size, set_input_size
 
 __all__ = [
     "Base",
     "Budget",
+    "Origin",
     "check_arguments",
     "check_recorded_name",
     "create_model",
@@ -23,6 +25,8 @@ __all__ = [
     "is_plain_name",
     "list_models",
     "load_checkpoint",
+    "note_origin",
+    "origin_of",
     "preprocessing",
     "set_input_size",
     "set_preprocessing",

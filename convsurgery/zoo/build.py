@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from convsurgery.errors import ModelError
 from convsurgery.zoo.checkpoint import copy_weights, read_weights
 from convsurgery.zoo.names import TORCHVISION, Base, canonical_name, check_name
+from convsurgery.zoo.origin import Origin, note_origin
 from convsurgery.zoo.sizes import first_channels, image_pair, input_size
 
 __all__ = ["create_model"]
@@ -85,15 +86,17 @@ def create_model(
     try:
         # Detection models calculate their anchors when they are built.
         with _weights_on_meta(name) if meta else contextlib.nullcontext():
-            model, base = build(name, asked, pretrained, state is not None)
+            model, base, origin = build(name, asked, pretrained, state is not None)
     except ModelError as error:
         if not meta or "meta tensor" not in str(error):
             raise
         with _WeightsOnMeta():
-            model, base = build(name, asked, pretrained, False)
+            model, base, origin = build(name, asked, pretrained, False)
         model.to("meta")
     if state is not None:
-        copy_weights(model, state, str(checkpoint), new_head=pretrained)
+        own_head = copy_weights(model, state, str(checkpoint), new_head=pretrained)
+        origin = Origin(f"checkpoint {Path(str(checkpoint)).name}", new_head=own_head)
+    note_origin(model, origin)
     if base is not None:
         object.__setattr__(model, "_convsurgery_base", base)
     size = image_pair(img_size)
@@ -124,7 +127,9 @@ class _WeightsOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _build_timm(name: str, asked: dict[str, Any], pretrained: bool, by_hand: bool) -> tuple[nn.Module, Base | None]:
+def _build_timm(
+    name: str, asked: dict[str, Any], pretrained: bool, by_hand: bool
+) -> tuple[nn.Module, Base | None, Origin]:
     import timm
 
     hub = ":" in name
@@ -148,17 +153,28 @@ def _build_timm(name: str, asked: dict[str, Any], pretrained: bool, by_hand: boo
                 raise
             del arguments["img_size"]
             model = timm.create_model(name, pretrained=download, **arguments)
+    origin = _tagged(model, name if hub else "") if download else _RANDOM
     if hub:
         from convsurgery.zoo.identify import identify
 
         # Written out, so that a saved model can be rebuilt where the repository cannot be reached.
-        return model, identify(model)
-    return model, _base(name, asked)
+        return model, identify(model), origin
+    return model, _base(name, asked), origin
+
+
+_RANDOM = Origin("random", random=True)
+
+
+def _tagged(model: nn.Module, name: str) -> Origin:
+    """What timm loaded by itself: the tag, and whether the classifier is one of another size."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    classes, known = getattr(model, "num_classes", None), cfg.get("num_classes")
+    return Origin(name or cfg.get("tag") or "pretrained", new_head=bool(classes) and classes != known)
 
 
 def _build_torchvision(
     name: str, asked: dict[str, Any], pretrained: bool, by_hand: bool
-) -> tuple[nn.Module, Base | None]:
+) -> tuple[nn.Module, Base | None, Origin]:
     from torchvision.models import get_model_builder
 
     short = name.removeprefix(TORCHVISION)
@@ -183,16 +199,18 @@ def _build_torchvision(
             recorded = dict(arguments)
             if size is not None:
                 recorded["img_size"] = size
-            return _call(name, builder, arguments), _base(name, recorded)
-        model = _call(name, builder, arguments, f"the backbone weights {arguments['weights_backbone']!s}")
-        return model, _verified(model, short)
+            return _call(name, builder, arguments), _base(name, recorded), _RANDOM
+        backbone = str(arguments["weights_backbone"])
+        model = _call(name, builder, arguments, f"the backbone weights {backbone}")
+        return model, _verified(model, short), Origin(f"random behind a backbone with {backbone}")
 
     classes = arguments.pop("num_classes", None)
     known = len(weights.meta.get("categories", ()))
     model = _call(name, builder, {**arguments, "weights": weights}, _wanted_torchvision(weights))
     base = _verified(model, short)
+    tag = f"torchvision's {weights.name}"
     if classes in (None, known):
-        return model, base
+        return model, base, Origin(tag)
     if base is None:
         raise ModelError(
             f"pretrained {name} cannot be built with num_classes={classes}, torchvision ties it to {known}"
@@ -203,7 +221,7 @@ def _build_torchvision(
         unloaded["weights_backbone"] = None
     other = _call(name, builder, {**unloaded, **base.kwargs})
     copy_weights(other, model.state_dict(), f"the pretrained {name}", new_head=True)
-    return other, base
+    return other, base, Origin(tag, new_head=True)
 
 
 def _verified(model: nn.Module, short: str) -> Base | None:

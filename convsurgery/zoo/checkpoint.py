@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from convsurgery.errors import ModelError
+from convsurgery.zoo.origin import Origin, note_origin
 
 __all__ = ["copy_weights", "load_checkpoint", "read_weights"]
 
@@ -49,7 +50,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, new_head: bool = Fals
         model = create_model("resnet18")
         load_checkpoint(model, "resnet18-f37072fd.pth")
     """
-    copy_weights(model, read_weights(path), str(path), new_head=new_head)
+    own_head = copy_weights(model, read_weights(path), str(path), new_head=new_head)
+    note_origin(model, Origin(f"checkpoint {Path(path).name}", new_head=own_head))
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -113,8 +115,12 @@ def _unwrap(held: Any, path: Path) -> dict[str, Tensor]:
     return state
 
 
-def copy_weights(model: nn.Module, state: dict[str, Tensor], source: str, *, new_head: bool = False) -> None:
-    """Check ``state``, called ``source`` in errors, then copy it; raises as :func:`load_checkpoint`."""
+def copy_weights(model: nn.Module, state: dict[str, Tensor], source: str, *, new_head: bool = False) -> bool:
+    """Check ``state``, called ``source`` in errors, then copy it; raises as :func:`load_checkpoint`.
+
+    Returns:
+        Whether the model's own classifier was left as it is.
+    """
     if any(value.is_meta for value in (*model.parameters(), *model.buffers())):
         raise ModelError(f"{source} cannot be loaded into a model on the meta device, it has no memory for weights")
     for key, value in state.items():
@@ -123,14 +129,13 @@ def copy_weights(model: nn.Module, state: dict[str, Tensor], source: str, *, new
     skeleton = _skeleton(model)
     for convert in _layouts(model):
         try:
-            candidate = convert(state)
+            theirs = convert(state)
         except Exception:  # a converter of another layout may trip over anything
             continue
-        if new_head:
-            candidate = _with_own_head(model, candidate)
+        candidate = _with_own_head(model, theirs) if new_head else theirs
         if _fits(skeleton, candidate):
             model.load_state_dict(candidate)
-            return
+            return any(value is not theirs.get(key) for key, value in candidate.items())
     raise ModelError(f"{source} does not fit the model ({type(model).__name__})\n{_mismatch(model, state)}")
 
 
