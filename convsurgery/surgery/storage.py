@@ -20,7 +20,7 @@ from torch import nn
 from convsurgery import models as models  # its networks may be what is loaded
 from convsurgery import zoo
 from convsurgery.errors import ConvSurgeryError, ModelError, StorageError, warn
-from convsurgery.files import is_folder_with, locked, member, read_json, staging, with_usual_mode
+from convsurgery.files import is_folder_with, locked, member, read_json, refuse_existing, staging, with_usual_mode
 from convsurgery.graph import copy_model
 from convsurgery.surgery.apply import apply_
 from convsurgery.surgery.fuse import fuse
@@ -53,7 +53,13 @@ def named_folder(text: str) -> tuple[Path | None, str]:
     return Path(text), f"{text} is taken as the saved model in ./{text}"
 
 
-def save(model: nn.Module, directory: str | os.PathLike[str], *, base: str | zoo.Base | None = None) -> Path:
+def save(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    base: str | zoo.Base | None = None,
+    overwrite: bool = True,
+) -> Path:
     """Write ``model`` as a folder that :func:`load` reads back, bit for bit, buffers and shared tensors included.
 
     Args:
@@ -63,13 +69,16 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, base: str | zoo
         base: the timm or torchvision model it was built from. Found out by itself for models built by name, by
             ``timm.create_model`` or by a torchvision builder. A model of the user's own class has none: ``load`` then
             asks for one.
+        overwrite: whether a model or a run that is there already may be replaced.
 
     Returns:
         The folder's path.
 
     Raises:
-        StorageError: when the folder cannot be written, or a weight is NaN.
+        StorageError: when the folder cannot be written, holds something that may not be replaced, or a weight is NaN.
     """
+    if not overwrite:
+        refuse_existing(directory, folder=True)
     model = unwrap(model)
     done = record(model) or Record(())
     known = zoo.Base(base) if isinstance(base, str) else base or zoo.identify(model, ignore=_changed(done))
