@@ -28,6 +28,7 @@ __all__ = [
     "output_folder",
     "read_json",
     "read_text",
+    "refuse_existing",
     "replace_folder",
     "staging",
     "with_usual_mode",
@@ -135,6 +136,33 @@ def output_folder(path: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         raise StorageError(f"cannot write to {_shown(path)}: {_text(error)}") from error
     return folder
+
+
+#: files by which a folder is known to hold a model or a run
+_WORTH = ("convsurgery.json", "model.safetensors", "best", "last", "metrics.csv")
+
+
+def refuse_existing(path: str | os.PathLike[str], *, folder: bool) -> None:
+    """Refuse to write where something of worth is: a file, or a folder that holds a saved model or a run.
+
+    What can be no output at all is left to who writes, and refused in his own words.
+
+    Args:
+        path: of the output.
+        folder: whether that is a folder.
+
+    Raises:
+        StorageError: naming the way to replace it.
+    """
+    try:
+        real = Path(path).expanduser()
+        held = [name for name in _WORTH if folder and real.is_dir() and os.path.lexists(real / name)]
+        there = bool(held) if folder else real.is_file()
+    except (OSError, ValueError, RuntimeError):
+        return
+    if there:
+        what = f"already holds {', '.join(held)}" if held else "is there already"
+        raise StorageError(f"{_shown(path)} {what}: overwrite=True (--overwrite) replaces it, or name another output")
 
 
 def _replaceable(path: Path) -> None:

@@ -38,9 +38,13 @@ def process(*arguments: object, **options: object) -> subprocess.CompletedProces
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cli") / "out"
-    assert run(["convert", *SMALL, "--rule", "first-conv->kerv-poly; conv[k=1]->kerv-l2", "-o", str(folder)]) == 0
-    return folder
+    place = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    weights = timm.create_model("resnet10t", num_classes=10).state_dict()
+    save_file(weights, place / "mine.safetensors")
+    rule = ["--rule", "first-conv->kerv-poly; conv[k=1]->kerv-l2", "--checkpoint", str(place / "mine.safetensors")]
+    assert run(["convert", *SMALL, *rule, "-o", str(place / "out")]) == 0
+    return place / "out"
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,9 +85,10 @@ def test_convert_with_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     torch.save(source.state_dict(), tmp_path / "w.pth")
     for name in ("w.safetensors", "w.pth"):
-        arguments = ["convert", *SMALL, "-r", "all-conv->kerv-linear", "-o", tmp_path / "out"]
+        arguments = ["convert", *SMALL, "-r", "all-conv->kerv-linear", "-o", tmp_path / "out", "--overwrite"]
         code, out, err = cli(*arguments, "--checkpoint", tmp_path / name, capsys=capsys)
         assert code == 0, err
+        assert f"weights: checkpoint {name}" in out
         assert f"wrote {tmp_path / 'out'}" in out
         x = torch.randn(1, 3, 32, 32)
         assert torch.equal(cs.load(tmp_path / "out")(x), source.eval()(x))

@@ -566,10 +566,10 @@ class TestEvaluate:
         assert result.agreement == pytest.approx(200 / 3)
 
     def test_nan_is_wrong_and_not_kept(self) -> None:
-        scores = torch.tensor([[math.nan, 1.0], [2.0, 1.0]])
-        loader = DataLoader(TensorDataset(scores, torch.tensor([0, 0])))
+        scores = torch.tensor([[math.nan, 1.0], [2.0, 1.0], [1.0, 2.0], [1.0, math.nan]])
+        loader = DataLoader(TensorDataset(scores, torch.tensor([0, 0, 1, 1])))
         result = evaluate(Fixed(), loader, teacher=Fixed())
-        assert (result.top1, result.top5, result.kept) == (50, 50, 1)
+        assert (result.top1, result.top5, result.kept) == (50, 50, 2)
 
     def test_modes_are_as_before(self, teacher: Tiny) -> None:
         model = tiny().train()

@@ -127,7 +127,7 @@ def test_recipe_runs_from_the_command_line(written: Path, capsys: pytest.Capture
     for step in (
         "1. train scaled_resnet18",
         "2. convert: conv[in=BasicBlock",
-        "3. calibrated on 64 images",
+        "3. calibrated on 64 of 1,347 images, seed 3, spread over 10 classes",
         "fine-tune",
     ):
         assert step in out
@@ -200,7 +200,7 @@ def test_a_recipe_may_leave_the_choice_to_auto(written: Path) -> None:
     assert done is not None
     assert 0 < len(done.edits) < 16
     assert done.plans[-1].notes[-1].startswith("auto: ")
-    assert "calibrated on 160 images" in stream.getvalue()
+    assert "calibrated on 160 of 1,347 images, seed 3" in stream.getvalue()
 
 
 def test_auto_without_images_is_refused_before_anything_runs(written: Path) -> None:

@@ -198,10 +198,21 @@ def _folders(
             raise SettingsError("resume=True continues the run in output=...; name that folder (--output)")
         return None, False
     if save is None:
-        from convsurgery.surgery import save as write
-
-        save = write
+        save = _saver()
     return RunFolder(path, save, EpochMetrics.columns()), resume is not False
+
+
+def _saver() -> Saver:
+    """``convsurgery.save``, which reads back what it wrote the first time: later only the weights differ."""
+    from convsurgery.surgery import save
+
+    written: list[Path] = []
+
+    def write(model: nn.Module, path: Path) -> object:
+        written.append(save(model, path, check=not written))
+        return written[-1]
+
+    return write
 
 
 @contextmanager

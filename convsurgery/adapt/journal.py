@@ -25,22 +25,25 @@ class Journal:
         directory: made when absent.
         header: what the scan is of.
         resume: whether rows may be there already.
+        overwrite: whether rows that are there go.
 
     Raises:
         StorageError: for rows that are there without ``resume``, rows of another scan, a file that is none of ours,
             and a folder that cannot be written.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], header: Mapping[str, Any], *, resume: bool) -> None:
-        self.path = Path(directory) / ROWS
+    def __init__(
+        self, directory: str | os.PathLike[str], header: Mapping[str, Any], *, resume: bool, overwrite: bool = False
+    ) -> None:
+        self.path = Path(directory).expanduser() / ROWS
         self.rows: list[dict[str, Any]] = []
         try:
             output_folder(self.path.parent)
-            found = self._found()
+            found = [] if overwrite else self._found()
             if found and not resume:
                 raise StorageError(
                     f"{self.path} holds rows of an earlier scan: resume=True (--resume) goes on with it, "
-                    "another folder begins anew"
+                    "overwrite=True (--overwrite) replaces it, another folder begins anew"
                 )
             if found:
                 self._compare(found[0], header)

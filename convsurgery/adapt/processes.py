@@ -13,7 +13,7 @@ from convsurgery.errors import SettingsError, TrainingError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["make_accelerator", "started_processes"]
+__all__ = ["alone_among_processes", "make_accelerator", "started_processes"]
 
 #: where launchers say how many processes they have started: torchrun and accelerate, and three kinds of MPI
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -23,6 +23,20 @@ def started_processes() -> int:
     """How many processes a launcher has started, this one included; 1 without a launcher."""
     found = (os.environ.get(name, "") for name in _SIZES)
     return next((int(text) for text in found if text.isdigit() and int(text) > 0), 1)
+
+
+def alone_among_processes(command: str) -> None:
+    """Refuse to do in several processes what is done in one: each would write the same files.
+
+    Raises:
+        SettingsError: where a launcher has started more.
+    """
+    processes = started_processes()
+    if processes > 1:
+        raise SettingsError(
+            f"{processes} processes were started, and {command} is done by one: run it without torchrun or `accelerate "
+            "launch`, whose processes finetune alone shares its work among; or unset WORLD_SIZE"
+        )
 
 
 def _shared_device() -> bool:

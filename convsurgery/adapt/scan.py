@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from convsurgery.errors import (
     NoMatchError,
     RuleError,
 )
+from convsurgery.files import alone
 from convsurgery.geometry import Site
 from convsurgery.graph import Observation, observe
 from convsurgery.operators import OperatorConfig, Start, bind
@@ -48,6 +51,7 @@ def scan(
     latency: bool = True,
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     on_row: Callable[[ScanRow], object] | None = None,
     example_inputs: Tensor | Sequence[Any] | None = None,
 ) -> Scan:
@@ -70,6 +74,7 @@ def scan(
         latency: whether layers and model are timed.
         output: a folder for the results. Every row is added to its ``rows.jsonl`` when it is finished.
         resume: whether to go on with the rows there.
+        overwrite: whether to replace an earlier scan there.
         on_row: called with every row that was not there before.
         example_inputs: what sites are observed on; one of the images by default.
 
@@ -81,7 +86,8 @@ def scan(
         RuleError: for operators or a selector that cannot be read; NoMatchError when no convolution matches.
         ConversionError: for an operator that takes the place of several layers.
         ModelError: for a model that does not run on the images, or gives no finite scores.
-        StorageError: for a folder with rows of another scan, or with rows and without ``resume``.
+        StorageError: for a folder with rows of another scan, with rows and without ``resume`` or ``overwrite``, or
+            into which another scan is being written.
 
     Example::
 
@@ -102,40 +108,41 @@ def scan(
     inputs: Any = batches[0][:1].clone() if example_inputs is None else example_inputs
     seen = observe(model, (inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
     label, jobs = _label(model), _jobs(seen, selector, options, _label(model))
-    journal, done = None, dict[tuple[str, str, str], ScanRow]()
-    if output is not None:
-        header = {
-            "format": FORMAT,
-            "model": label,
-            "weights": _digest(model.state_dict().items()),
-            "operators": [option.text for option in options],
-            "where": str(selector),
-            "start": "" if start is None else str(Start.parse(start)),
-            "latency": latency,
-            "inputs": [list(shape) for shape in seen.input_shapes],
-            "images": _digest(("", batch) for batch in batches),
-        }
-        journal = Journal(output, header, resume=resume)
-        done = {row.key: row for row in map(ScanRow.from_dict, journal.rows)}
-
-    def finish(row: ScanRow) -> None:
-        done[row.key] = row
-        if journal is not None:
-            journal.add(row.to_dict())
-        if on_row is not None:
-            on_row(row)
-
     warn_of_random(model=model)
-    with torch.no_grad():
-        answers, how = _measure(model, labelled, jobs, done, finish, latency)
-    rows = tuple(done[job.row.key] for job in jobs)
-    params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    macs = sum(site.cost.macs for site in seen.sites)
-    took = answers.milliseconds if latency else None
-    told = (str(source), str(weights_of(model)), _notes(rows, answers))
-    found = Scan(label, rows, sum(map(len, batches)), params, macs, took, how, *told)
-    if output is not None:
-        found.save(output)
+    with contextlib.nullcontext() if output is None else alone(Path(output).expanduser()):
+        journal, done = None, dict[tuple[str, str, str], ScanRow]()
+        if output is not None:
+            header = {
+                "format": FORMAT,
+                "model": label,
+                "weights": _digest(model.state_dict().items()),
+                "operators": [option.text for option in options],
+                "where": str(selector),
+                "start": "" if start is None else str(Start.parse(start)),
+                "latency": latency,
+                "inputs": [list(shape) for shape in seen.input_shapes],
+                "images": _digest(("", batch) for batch in batches),
+            }
+            journal = Journal(output, header, resume=resume, overwrite=overwrite)
+            done = {row.key: row for row in map(ScanRow.from_dict, journal.rows)}
+
+        def finish(row: ScanRow) -> None:
+            done[row.key] = row
+            if journal is not None:
+                journal.add(row.to_dict())
+            if on_row is not None:
+                on_row(row)
+
+        with torch.no_grad():
+            answers, how = _measure(model, labelled, jobs, done, finish, latency)
+        rows = tuple(done[job.row.key] for job in jobs)
+        params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        macs = sum(site.cost.macs for site in seen.sites)
+        took = answers.milliseconds if latency else None
+        told = (str(source), str(weights_of(model)), _notes(rows, answers))
+        found = Scan(label, rows, sum(map(len, batches)), params, macs, took, how, *told)
+        if output is not None:
+            found.save(output)
     return found
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convsurgery.cli.coverage import coverage
-from convsurgery.cli.measuring import DataDir, Dataset, Images, calibrate, calibration_data, choose, scan
+from convsurgery.cli.measuring import DataDir, Dataset, Images, Seed, calibrate, calibration_data, choose, scan
 from convsurgery.cli.options import (
     AsJson,
     Checkpoint,
@@ -19,9 +19,11 @@ from convsurgery.cli.options import (
     Folder,
     ImageSize,
     ModelName,
+    Overwrite,
     Pretrained,
     RuleText,
     StartText,
+    free_output,
     open_model,
     teacher_named,
 )
@@ -95,6 +97,8 @@ def convert(
     dataset: Dataset = None,
     data_dir: DataDir = None,
     images: Images = 256,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Convert a model and save it as a folder; with images, fit what can be fitted."""
     import convsurgery as cs
@@ -102,17 +106,18 @@ def convert(
     from convsurgery.adapt.fitting import LayerFit
     from convsurgery.adapt.images import calibration_images
 
+    free_output("convert", output, overwrite)
     source = open_model(model, pretrained, checkpoint, num_classes, img_size)
     data = calibration_data(source, dataset, data_dir)
     if data is not None:
-        data = calibration_images(data, source, images=images)
+        data = calibration_images(data, source, images=images, seed=seed)
     layers: list[LayerFit] = []
     new = cs.convert_(source, rule, start=start, calibration=data, on_layer=layers.append)
-    folder = cs.save(new, output)
+    folder = cs.save(new, output, overwrite=overwrite)
     done = cs.record(new)
     typer.echo(str(done.plans[-1] if done else ""))
     if layers:
-        typer.echo(f"\n{Calibration(tuple(layers))}\n")
+        typer.echo(f"\n{Calibration(tuple(layers), str(data))}\n")
     typer.echo(f"wrote {folder}")
 
 
@@ -164,6 +169,9 @@ def _finetune_command() -> Any:
             download=dataset_download,
             **given,
         )
+        typer.echo(f"weights before: {result.weights}")
+        for note in result.notes:
+            typer.echo(note)
         best = result.best
         if best.val_top1 is not None:
             before = f" (before training {result.initial.val_top1:.2f})" if result.initial.val_top1 is not None else ""
@@ -216,10 +224,12 @@ def export(
     diffusion: Annotated[
         str, typer.Option(help="Implicit diffusion steps: matmul, or truncate:1e-3 for a small kernel.")
     ] = "matmul",
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a saved model as ONNX, verified in ONNX Runtime."""
     import convsurgery as cs
 
+    free_output("export", output, overwrite, folder=False)
     parity = cs.export_onnx(
         cs.load(folder),
         output,
@@ -229,6 +239,7 @@ def export(
         tolerance=tolerance,
         dynamic_batch=not static_batch,
         diffusion=diffusion,
+        overwrite=overwrite,
     )
     typer.echo(str(parity) if parity else "not verified")
     typer.echo(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
@@ -268,11 +279,12 @@ def ops(as_json: AsJson = False) -> None:
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("convsurgery-demo"),
     seed: Annotated[int, typer.Option(help="Of training.")] = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """The whole way on scikit-learn's digits: train, convert, fine-tune, export, verify, time. Under 3 minutes."""
     from convsurgery.cli.demo import run_demo
 
-    run_demo(output, seed)
+    run_demo(output, seed, overwrite=overwrite)
 
 
 def bench(

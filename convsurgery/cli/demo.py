@@ -16,8 +16,10 @@ from torch import nn
 import convsurgery as cs
 from convsurgery.adapt.data import load_data
 from convsurgery.adapt.evaluation import EvalResult
+from convsurgery.adapt.processes import alone_among_processes
 from convsurgery.adapt.results import FinetuneResult
 from convsurgery.bench.measure import medians
+from convsurgery.errors import StorageError
 from convsurgery.surgery.table import count
 
 __all__ = ["run_demo"]
@@ -38,8 +40,17 @@ class _Row:
     folder: Path
 
 
-def run_demo(output: Path, seed: int = 0) -> None:
-    """Train, convert, fine-tune, export, verify and time; print one table and what was written."""
+def run_demo(output: Path, seed: int = 0, *, overwrite: bool = False) -> None:
+    """Train, convert, fine-tune, export, verify and time; print one table and what was written.
+
+    Raises:
+        StorageError: where the folder holds something and ``overwrite`` is not set.
+    """
+    alone_among_processes("demo")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise StorageError(
+            f"{output} holds something already: --overwrite replaces an earlier demo, or name another folder"
+        )
     output.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, soft_wrap=False)
     began = time.perf_counter()

@@ -7,18 +7,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convsurgery.cli.options import Checkpoint, Classes, Folder, ImageSize, ModelName, Pretrained, open_model
+from convsurgery.cli.options import (
+    Checkpoint,
+    Classes,
+    Folder,
+    ImageSize,
+    ModelName,
+    Overwrite,
+    Pretrained,
+    free_output,
+    open_model,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["DataDir", "Dataset", "Images", "calibrate", "calibration_data", "choose", "scan"]
+__all__ = ["DataDir", "Dataset", "Images", "Seed", "calibrate", "calibration_data", "choose", "scan"]
 
 DataDir = Annotated[
     Path | None, typer.Option(help="Folder of images to fit to and measure on, or root of the dataset.")
 ]
 Dataset = Annotated[str | None, typer.Option(help="digits, torch/cifar10, ...: its training images.")]
-Images = Annotated[int, typer.Option(help="How many images to use.")]
+Images = Annotated[int, typer.Option(help="How many images to use, spread over folders or classes.")]
+Seed = Annotated[int, typer.Option(help="Of the choice of images.")]
 
 
 def calibration_data(model: nn.Module, dataset: str | None, data_dir: Path | None) -> Any:
@@ -46,14 +57,17 @@ def calibrate(
     dataset: Dataset = None,
     data_dir: DataDir = None,
     images: Images = 256,
+    seed: Seed = 0,
     target: Annotated[float | None, typer.Option(help="Relative error of neutral layers; 1e-3 by default.")] = None,
     batchnorm: Annotated[bool, typer.Option("--batchnorm", help="Fit the BatchNorms' statistics too.")] = False,
     steps: Annotated[int, typer.Option(help="Gradient steps on each fitted layer.")] = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Fit a converted model to its original, without training."""
     import convsurgery as cs
     from convsurgery.cli.options import original
 
+    free_output("calibrate", output, overwrite)
     model = cs.load(folder)
     guide, text = original(teacher, model)
     typer.echo(text)
@@ -62,12 +76,13 @@ def calibrate(
         _needed(model, dataset, data_dir),
         teacher=guide,
         images=images,
+        seed=seed,
         target=target,
         batchnorm=batchnorm,
         steps=steps,
     )
     typer.echo(str(done))
-    typer.echo(f"wrote {cs.save(model, output)}")
+    typer.echo(f"wrote {cs.save(model, output, overwrite=overwrite)}")
 
 
 def scan(
@@ -78,8 +93,10 @@ def scan(
     dataset: Dataset = None,
     data_dir: DataDir = None,
     images: Images = 256,
+    seed: Seed = 0,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time the layers.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the scan in the output folder.")] = False,
+    overwrite: Overwrite = False,
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
     num_classes: Classes = None,
@@ -87,8 +104,10 @@ def scan(
 ) -> None:
     """Replace one convolution at a time and measure what is lost and saved."""
     import convsurgery as cs
+    from convsurgery.adapt.processes import alone_among_processes
     from convsurgery.adapt.progress import LayerProgress
 
+    alone_among_processes("scan")
     source = open_model(model, pretrained, checkpoint, num_classes, img_size)
     bar = LayerProgress("scanning", None, show=True)
     try:
@@ -98,9 +117,11 @@ def scan(
             _needed(source, dataset, data_dir),
             where=where,
             images=images,
+            seed=seed,
             latency=latency,
             output=output,
             resume=resume,
+            overwrite=overwrite,
             on_row=lambda row: bar.done(row.site),
         )
     finally:
@@ -116,12 +137,15 @@ def choose(
         Path | None, typer.Option(help="SVG of the saving against the agreement predicted; needs matplotlib.")
     ] = None,
     metric: Annotated[str, typer.Option(help="The saving on the curve: params, macs or latency.")] = "params",
+    overwrite: Overwrite = False,
 ) -> None:
     """Choose what to replace under a budget, from a scan; prints the rule that does it."""
     import convsurgery as cs
     from convsurgery.adapt.choose import Point
     from convsurgery.adapt.scan import Scan
 
+    if curve is not None:
+        free_output("choose", curve, overwrite, folder=False)
     found = Scan.load(folder)
     choice = cs.choose(found, budget)
     typer.echo(str(choice))

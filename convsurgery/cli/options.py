@@ -18,9 +18,11 @@ __all__ = [
     "Folder",
     "ImageSize",
     "ModelName",
+    "Overwrite",
     "Pretrained",
     "RuleText",
     "StartText",
+    "free_output",
     "open_model",
     "original",
     "teacher_named",
@@ -46,7 +48,18 @@ Pretrained = Annotated[bool, typer.Option("--pretrained", help="Load the publish
 Checkpoint = Annotated[
     Path | None, typer.Option(help="Load weights from a file: .safetensors, or .pth (tensors only, no code).")
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def free_output(command: str, output: Path, overwrite: bool, *, folder: bool = True) -> None:
+    """Before anything takes time: one process, and an output that is not there yet unless it may be replaced."""
+    from convsurgery.adapt.processes import alone_among_processes
+    from convsurgery.files import refuse_existing
+
+    alone_among_processes(command)
+    if not overwrite:
+        refuse_existing(output, folder=folder)
 
 
 def open_model(
@@ -89,11 +102,16 @@ def teacher_named(wanted: str | None, model: nn.Module) -> tuple[nn.Module | Non
     from convsurgery import zoo
     from convsurgery.errors import ModelError
     from convsurgery.files import is_folder_with
+    from convsurgery.surgery import weights_of
     from convsurgery.surgery.storage import CONFIG
 
     if wanted is None:
         done = cs.record(model)
         kept = done is not None and all(entry.exactness in ("exact", "approximate") for entry in done.edits)
+        origin = weights_of(model)
+        if kept and (origin.random or origin.new_head):
+            what = "weights are" if origin.random else "classifier is"
+            return None, f"no teacher: the model's {what} random, and teach nothing; plain cross-entropy"
         wanted = "start" if kept else "none"
     if wanted == "none":
         return None, "no teacher: plain cross-entropy"

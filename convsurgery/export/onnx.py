@@ -22,7 +22,7 @@ from convsurgery.errors import ExportError, StorageError
 from convsurgery.export.diffusion import parse_diffusion, truncate
 from convsurgery.export.nodes import attach_functions, custom_nodes, translation_table
 from convsurgery.export.parity import BATCHES, NODES, TOLERANCE, Parity, check_parity
-from convsurgery.files import output_file, writing
+from convsurgery.files import output_file, refuse_existing, writing
 from convsurgery.operators.onnx import DOMAIN
 from convsurgery.surgery import Record, fuse, record, unwrap
 
@@ -46,6 +46,7 @@ def export_onnx(
     tolerance: float = TOLERANCE,
     data: Iterable[Any] | None = None,
     diffusion: str = "matmul",
+    overwrite: bool = True,
 ) -> Parity | None:
     """Write ``model`` to ``path`` as ONNX; nothing is left at ``path`` when anything fails.
 
@@ -68,6 +69,7 @@ def export_onnx(
         diffusion: how implicit reaction-diffusion steps are solved: "matmul", Fourier transforms as products with
             constant matrices, exact up to rounding; or "truncate:1e-3", the smallest depthwise kernel whose output is
             off by no more than that share of the largest value. Raise ``tolerance`` accordingly.
+        overwrite: whether a file that is there already may be replaced.
 
     Returns:
         What was measured, or None without ``verify``.
@@ -82,6 +84,8 @@ def export_onnx(
         raise ExportError(f"opset must be from {OPSETS.start} to {OPSETS.stop - 1}, not {wanted}")
     try:
         # Before anything takes time.
+        if not overwrite:
+            refuse_existing(target, folder=False)
         if not os.access(output_file(target).parent, os.W_OK):
             raise ExportError(f"cannot write {target}: no such writable folder")
     except StorageError as error:

@@ -40,6 +40,7 @@ class Parity:
         median_error, p99_error: of the differences of single values, relative to the same.
         agreement: share of images with the same top-1 class; None when the output is no table of logits.
         images: how many images were compared.
+        data: which real images were among them, such as "64 of 1,347 images, seed 0"; "" for none, or as they came.
     """
 
     batches: tuple[int, ...]
@@ -48,12 +49,15 @@ class Parity:
     p99_error: float
     agreement: float | None
     images: int
+    data: str = ""
 
     def __str__(self) -> str:
         top = "" if self.agreement is None else f", same top-1 on {self.agreement:.2%}"
         return (
             f"{self.images} images in batches of {', '.join(map(str, self.batches))}: error relative to the largest "
             f"output {self.error:.1e} at most, {self.p99_error:.1e} for 99 %, {self.median_error:.1e} the median{top}"
+            + f"; among them {self.data}"
+            * bool(self.data)
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from convsurgery import api
 from convsurgery.adapt.auto import auto_rule
@@ -16,7 +16,10 @@ from convsurgery.adapt.calibration import Calibration
 from convsurgery.adapt.data import DataSplit, load_data
 from convsurgery.adapt.evaluation import EvalResult
 from convsurgery.adapt.fitting import LayerFit
+from convsurgery.adapt.images import Images, calibration_images
+from convsurgery.adapt.processes import alone_among_processes
 from convsurgery.errors import RecipeError
+from convsurgery.files import alone
 from convsurgery.recipes.schema import ConvertStep, Recipe
 from convsurgery.rules import as_rules
 from convsurgery.surgery import named_folder
@@ -53,13 +56,19 @@ class _Run:
         self.folder = Path(recipe.output).expanduser()
         self.number = 0
         self.rows: list[tuple[str, EvalResult]] = []
+        self.notes: list[str] = []
 
     def run(self) -> nn.Module:
-        recipe, began = self.recipe, time.perf_counter()
+        alone_among_processes("run")
         if self.folder.exists() and not self.folder.is_dir():
             raise RecipeError(f"{self.folder} is no folder: name another output")
         if self.folder.exists() and any(self.folder.iterdir()) and not self.overwrite:
             raise RecipeError(f"{self.folder} holds an earlier run: name another output, or overwrite it (--overwrite)")
+        with alone(self.folder):
+            return self._run()
+
+    def _run(self) -> nn.Module:
+        recipe, began = self.recipe, time.perf_counter()
         torch.manual_seed(recipe.seed)
         model = self._model()
         # Rules and data are read before anything takes time.
@@ -70,7 +79,6 @@ class _Run:
             elif recipe.calibrate is None:
                 raise RecipeError("auto(...) chooses by measurement: give the recipe a step calibrate, with images")
         data = self._data(model, augment=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
         if recipe.pretrain is not None:
             self._say(f"train {recipe.model.name}")
             api.finetune(model, data, config=recipe.pretrain)
@@ -153,26 +161,23 @@ class _Run:
         done = api.record(new)
         self.console.print(str(done.plans[-1] if done else ""), markup=False)
         if layers and images is not None:
-            self._say(f"calibrated on {len(images)} images")
+            self._say(f"calibrated on {images}")
             self.console.print(str(Calibration(tuple(layers))), markup=False)
         return new
 
-    def _images(self, model: nn.Module) -> Tensor | None:
-        """The first training images, as validation would see them."""
+    def _images(self, model: nn.Module) -> Images | None:
+        """Training images, as validation would see them, evenly over the classes."""
         step = self.recipe.calibrate
         if step is None:
             return None
-        batches, count = [], 0
-        for batch in self._data(model, augment=False).train:
-            batches.append(batch[0])
-            count += len(batch[0])
-            if count >= step.images:
-                break
-        return torch.cat(batches)[: step.images]
+        data = self._data(model, augment=False)
+        return calibration_images(data, model, images=step.images, seed=self.recipe.seed)
 
     def _measure(self, label: str, model: nn.Module, data: DataSplit, teacher: nn.Module | None = None) -> None:
         if data.val is not None:
-            self.rows.append((label, api.evaluate(model, data.val, teacher=teacher)))
+            result = api.evaluate(model, data.val, teacher=teacher)
+            self.rows.append((label, result))
+            self.notes += [f"{label}: {note}" for note in result.notes]
 
     def _table(self, model: nn.Module, new: nn.Module) -> None:
         from rich import box
@@ -189,3 +194,6 @@ class _Run:
             table.add_row(label, f"{result.top1:.2f}", kept, f"{before if label == 'original' else after:,}")
         self.console.print()
         self.console.print(table)
+        self.console.print(f"weights of the original: {self.rows[0][1].weights}", markup=False)
+        for note in self.notes:
+            self.console.print(note, markup=False)

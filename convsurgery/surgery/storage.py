@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from convsurgery import models as models  # its networks may be what is loaded
 from convsurgery import zoo
 from convsurgery.errors import ConvSurgeryError, ModelError, StorageError, warn
-from convsurgery.files import is_folder_with, locked, staging, with_usual_mode
+from convsurgery.files import is_folder_with, locked, refuse_existing, staging, with_usual_mode
 from convsurgery.graph import copy_model
 from convsurgery.surgery.apply import apply_
 from convsurgery.surgery.folder import CONFIG, FORMAT, WEIGHTS, digest_of, pending, read_config, weights_file
@@ -57,6 +57,7 @@ def save(
     *,
     base: str | zoo.Base | None = None,
     check: bool = True,
+    overwrite: bool = True,
 ) -> Path:
     """Write ``model`` as a folder that :func:`load` reads back, bit for bit, buffers and shared tensors included.
 
@@ -72,14 +73,17 @@ def save(
             ``timm.create_model`` or by a torchvision builder. A model of the user's own class has none: ``load`` then
             asks for one.
         check: whether to read it back; False where the same model is saved again and again, as in training.
+        overwrite: whether a model or a run that is there already may be replaced.
 
     Returns:
         The folder's path.
 
     Raises:
-        StorageError: when the folder cannot be written, a weight is NaN, or ``model`` has what no folder holds: extra
-            state that is no tensor, or a converted model inside.
+        StorageError: when the folder cannot be written, holds something that may not be replaced, a weight is NaN, or
+            ``model`` has what no folder holds: extra state that is no tensor, or a converted model inside.
     """
+    if not overwrite:
+        refuse_existing(directory, folder=True)
     model = unwrap(model)
     inner = None if record(model) else wrapped_inside(model)
     if inner is not None:
