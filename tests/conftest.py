@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import convsurgery as cs
+
 # One thread: on a machine with other work, threads that wait for each other make small models many times slower.
 torch.set_num_threads(1)
 
@@ -16,6 +18,17 @@ torch.set_num_threads(1)
 def needs(module: str, extra: str) -> None:
     """Skip a test where a module is missing that only an extra brings; the reason names the extra."""
     pytest.importorskip(module, reason=f"needs {module}: pip install 'convsurgery[{extra}]'")
+
+
+def as_before(plan: cs.Plan) -> cs.Plan:
+    """``plan`` as convsurgery 0.1 would have made it: neutral starts scale filters, and a BatchNorm takes the gain."""
+    data = plan.to_dict()
+    data["format"] = 1
+    for entry in data["entries"]:
+        del entry["scaled"]
+        alone = entry["site"]["batchnorm"] is not None and not entry["site"]["geometry"]["bias"]
+        entry["absorb"] = bool(alone and (entry["start"] or "").startswith("neutral"))
+    return cs.Plan.from_dict(data)
 
 
 @pytest.fixture(autouse=True)

@@ -362,6 +362,8 @@ FOLDERS: dict[str, Callable[[Path, Path], None]] = {
     "plan: start unknown": operator_case("kerv-poly", "fetch"),
     "plan: start of another": operator_case("kerv-poly", "project"),
     "plan: no start": lambda folder, _: edit(folder, lambda c: first_edit(c).update(start=None)),
+    "plan: form of before": lambda folder, _: edit(folder, lambda c: first_edit(c).update(scaled=True)),
+    "plan: form of words": lambda folder, _: edit(folder, lambda c: first_edit(c).update(scaled="yes")),
     "plan: site unknown": site_case(names=["no.such.site"]),
     "plan: site dunder": site_case(names=["__class__"]),
     "plan: site without a name": site_case(names=[]),

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import get_act_fn
@@ -43,6 +45,48 @@ def poly(degree: int) -> Kernel:
         return ((x * w).sum(3) + h).pow(degree)
 
     return kernel
+
+
+class Dial(NamedTuple):
+    """What a dialled kernel has to compute, on numpy arrays of extended precision.
+
+    Attributes:
+        value: F_ε of windows and filters as for a kernel, of ε other than 0, of the hyperparameter at the start, and of
+            what training has multiplied it by.
+        slope: of that factor, what F_0 is of wᵀx.
+    """
+
+    value: Callable[[Any, Any, Any, Any, Any], Any]
+    slope: Callable[[Any], Any] = np.ones_like
+
+
+def dial_poly(degree: int) -> Dial:
+    """The paper's kernel on filters εw, less its response to an empty window, over d·c^(d−1)·ε, c as at the start."""
+
+    def value(x: Any, w: Any, e: Any, h: Any, change: Any) -> Any:
+        c = h * change
+        return (((x * w).sum(3) * e + c) ** degree - c**degree) / (degree * h ** (degree - 1) * e)
+
+    return Dial(value, lambda change: change ** (degree - 1))
+
+
+def _dialled_gauss(x: Any, w: Any, e: Any, kappa: Any, change: Any) -> Any:
+    """The paper's kernel with γ = κε² and filters w / (2κε) is A (1 + ε F), A its response to an empty window."""
+    gamma, filters = change * kappa * e**2, w / (2 * kappa * e)[:, :, :, None]
+    empty = np.exp(-gamma * (filters**2).sum(3))
+    return (np.exp(-gamma * ((x - filters) ** 2).sum(3)) / empty - 1) / e
+
+
+def _dialled_l2(x: Any, w: Any, e: Any, h: Any, change: Any) -> Any:
+    """The distance to filters −w / (ε‖w‖) is (1 + ε F / ‖w‖) / ε."""
+    length = np.sqrt((w**2).sum(3))
+    filters = -w / (e * length)[:, :, :, None]
+    return length * (e * np.sqrt(((x - filters) ** 2).sum(3)) - 1) / e
+
+
+dial_sigmoid = Dial(lambda x, w, e, h, change: np.tanh((x * w).sum(3) * e) / e)
+dial_gauss = Dial(_dialled_gauss, lambda change: change)
+dial_l2 = Dial(_dialled_l2)
 
 
 def patches(x: Tensor, layer: nn.Module) -> tuple[Tensor, tuple[int, int]]:
@@ -82,6 +126,33 @@ def kervolve(kernel: Kernel, layer: nn.Module, x: Tensor, hyper: Tensor | None =
         y = y - kernel(torch.zeros_like(windows[..., :1]), filters, h)
     y = y * _by_output(getattr(layer, "gain", None), groups, channels, 1)
     for term in (layer.bias, getattr(layer, "offset", None)):
+        y = y + _by_output(term, groups, channels, 0)
+    return y.reshape(x.shape[0], channels, height, width)
+
+
+def dialled(dial: Dial, layer: nn.Module, x: Tensor) -> Tensor:
+    """``g·F_ε + b`` of a dialled layer's own state, by the paper's definitions and where ε is 0 by the convolution."""
+    if x.dim() == 3:
+        return dialled(dial, layer, x.unsqueeze(0)).squeeze(0)
+    groups, channels = layer.groups, layer.out_channels
+    columns, (height, width) = patches(x.detach().double(), layer)
+    windows = columns.unflatten(1, (groups, 1, -1))
+    filters = layer.weight.detach().double().reshape(1, groups, channels // groups, -1, 1)
+    log = getattr(layer, layer.log_name) if layer.log_name in layer._parameters else None
+    eps = _by_output(layer.eps, groups, channels, 0)
+    hyper = _by_output(layer._buffers.get(layer.hyper_name), groups, channels, 1)
+    change = _by_output(None if log is None else log.exp(), groups, channels, 1)
+    still = eps == 0
+    shape = (1, groups, channels // groups, 1)
+    constants = (torch.where(still, 1.0, eps), hyper, change)
+    wide = [
+        t.numpy().astype(np.longdouble)
+        for t in (windows, filters, *(t.expand(shape[1:]).view(shape) for t in constants))
+    ]
+    y = torch.from_numpy(dial.value(*wide).astype(np.float64))
+    limit = linear(windows, filters, hyper) * torch.from_numpy(dial.slope(wide[4]).astype(np.float64))
+    y = torch.where(still, limit, y) * _by_output(layer.gain, groups, channels, 1)
+    for term in (layer.bias, layer.offset):
         y = y + _by_output(term, groups, channels, 0)
     return y.reshape(x.shape[0], channels, height, width)
 

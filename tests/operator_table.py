@@ -16,24 +16,23 @@ from torch import Tensor, nn
 
 from convsurgery.geometry import ConvGeometry, Site
 from convsurgery.operators import Built, OperatorConfig, Start, bind, list_operators, operator
+from convsurgery.operators.kervolution import Dialled
 from convsurgery.rules import parse_target
 
 
 @dataclass(frozen=True)
 class Neutral:
-    """The limit in which the operator is the convolution.
+    """The dialled form, which is the convolution for ε = 0.
 
     Attributes:
-        order: of the error in ε, by ``facts/operators.md`` §1.
-        eps: powers of two, large to small, over which the error must fall so.
-        floor: relative error that float32 reaches at ``tiny``; possible only in the centred form.
-        tiny: the ε to reach it at.
+        dial: what it has to compute, from the paper's definition.
+        order: of its distance from the convolution in ε.
+        eps: powers of two, large to small, over which the distance must fall so.
     """
 
+    dial: naive.Dial
     order: int
-    eps: tuple[float, ...]
-    floor: float
-    tiny: float
+    eps: tuple[float, ...] = (2.0**-6, 2.0**-9, 2.0**-12)
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ class Row:
         op: of ``torch.ops.convsurgery``.
         op_type: of the ONNX node.
         hyper: the hyperparameter's value after a ``copy`` start, from the number of values under the window.
-        float64, float32: bounds on the error of the plain and centred forms.
-        bfloat16, float16: bounds on the error under autocast, both forms.
+        float64, float32: bounds on the error of the plain, centred and dialled forms.
+        bfloat16, float16: bounds on the error under autocast, all forms.
         onnx: bound on the error of ONNX Runtime.
         neutral: None where there is no such start.
         twice: whether a second derivative exists.
@@ -79,6 +78,22 @@ class Row:
         config = self.config
         return config.build(conv, config.start_for(Start.parse(start)), absorb=absorb).module
 
+    def scaled(self, conv: nn.Conv2d, eps: float | None = None, *, absorb: bool = False) -> Built:
+        """What the neutral start of convsurgery 0.1 put there, which saved models still hold."""
+        return self.config.build(conv, Start("neutral", eps, scaled=True), absorb=absorb)
+
+    def dialled(self, conv: nn.Conv2d) -> nn.Module:
+        """The dialled form with all constants given, different in every channel, ε exactly 0 in the first."""
+        layer = self.layer(conv, "neutral")
+        channels = conv.out_channels
+        layer.eps = layer.constant(torch.linspace(0, 0.6, channels))
+        layer.gain = layer.constant(torch.linspace(1.5, -0.5, channels))
+        layer.offset = layer.constant(torch.linspace(0.3, 0.6, channels))
+        if self.learnable:
+            log = getattr(layer, layer.log_name)
+            log.data += torch.linspace(-0.3, 0.2, channels) if log.dim() else 0.2
+        return layer
+
     def full(self, conv: nn.Conv2d, *, centered: bool) -> nn.Module:
         """As :meth:`layer`, with all constants given, different in every channel."""
         layer = self.layer(conv)
@@ -95,13 +110,16 @@ class Row:
     def naive(self, layer: nn.Module, x: Tensor) -> Tensor:
         """What ``layer`` has to compute, in float64."""
         assert self.kernel is not None
+        if isinstance(layer, Dialled):
+            assert self.neutral is not None
+            return naive.dialled(self.neutral.dial, layer, x)
         return naive.kervolve(self.kernel, layer, x, layer.hyper() if layer.hyper_name else None)
 
     def __str__(self) -> str:
         return self.rule
 
 
-def _poly(rule: str, degree: int, balance: float, bfloat16: float, float16: float, neutral: Neutral | None) -> Row:
+def _poly(rule: str, degree: int, balance: float, bfloat16: float, float16: float) -> Row:
     return Row(
         rule,
         naive.poly(degree),
@@ -113,7 +131,8 @@ def _poly(rule: str, degree: int, balance: float, bfloat16: float, float16: floa
         bfloat16=bfloat16,
         float16=float16,
         onnx=2e-6,
-        neutral=neutral,
+        # Of degree 1 the polynomial is affine: neutral at any ε.
+        neutral=Neutral(naive.dial_poly(degree), int(degree > 1)) if balance else None,
     )
 
 
@@ -129,12 +148,9 @@ def _gauss(rule: str, gamma: float | None) -> Row:
         bfloat16=0.012,
         float16=1.5e-3,
         onnx=2e-6,
-        # κ grows with the filters, so that the same error wants a smaller ε than elsewhere.
-        neutral=None if gamma else Neutral(1, (2.0**-8, 2.0**-12, 2.0**-16), 1e-5, 2.0**-24),
+        neutral=None if gamma else Neutral(naive.dial_gauss, 1),
     )
 
-
-_LINEAR_LIMIT = Neutral(1, (2.0**-6, 2.0**-9, 2.0**-12), 1e-5, 2.0**-24)
 
 TABLE = (
     Row("conv", None),
@@ -149,14 +165,13 @@ TABLE = (
         float16=1.3e-3,
         onnx=1e-6,
     ),
-    # Of degree 1 the polynomial is affine: neutral at any ε.
-    _poly("kerv-poly(degree=1)", 1, 1.0, 0.01, 1.3e-3, Neutral(0, (1.0, 2.0**-6), 1e-5, 2.0**-24)),
-    _poly("kerv-poly(degree=2)", 2, 1.0, 0.015, 2e-3, _LINEAR_LIMIT),
-    _poly("kerv-poly", 3, 1.0, 0.02, 3e-3, _LINEAR_LIMIT),
-    _poly("kerv-poly(degree=5, balance=0.5)", 5, 0.5, 0.03, 5e-3, _LINEAR_LIMIT),
-    _poly("kerv-poly(degree=2, balance=0)", 2, 0.0, 0.02, 3e-3, None),
-    _poly("kerv-poly(learnable=true)", 3, 1.0, 0.02, 3e-3, _LINEAR_LIMIT),
-    _poly("kerv-poly(degree=4, balance=2.0, learnable=channel)", 4, 2.0, 0.025, 3e-3, _LINEAR_LIMIT),
+    _poly("kerv-poly(degree=1)", 1, 1.0, 0.01, 1.3e-3),
+    _poly("kerv-poly(degree=2)", 2, 1.0, 0.015, 2e-3),
+    _poly("kerv-poly", 3, 1.0, 0.02, 3e-3),
+    _poly("kerv-poly(degree=5, balance=0.5)", 5, 0.5, 0.03, 5e-3),
+    _poly("kerv-poly(degree=2, balance=0)", 2, 0.0, 0.02, 3e-3),
+    _poly("kerv-poly(learnable=true)", 3, 1.0, 0.02, 3e-3),
+    _poly("kerv-poly(degree=4, balance=2.0, learnable=channel)", 4, 2.0, 0.025, 3e-3),
     _gauss("kerv-gauss", None),
     _gauss("kerv-gauss(gamma=0.1)", 0.1),
     _gauss("kerv-gauss(learnable=true)", None),
@@ -171,7 +186,7 @@ TABLE = (
         bfloat16=0.01,
         float16=1.3e-3,
         onnx=2e-6,
-        neutral=Neutral(2, (2.0**-2, 2.0**-4, 2.0**-6), 1e-5, 2.0**-12),
+        neutral=Neutral(naive.dial_sigmoid, 2, (2.0**-3, 2.0**-5, 2.0**-7)),
     ),
     Row(
         "kerv-l1",
@@ -196,7 +211,7 @@ TABLE = (
         bfloat16=0.01,
         float16=1.3e-3,
         onnx=2e-6,
-        neutral=Neutral(1, (2.0**-8, 2.0**-12, 2.0**-16), 1e-5, 2.0**-24),
+        neutral=Neutral(naive.dial_l2, 1),
     ),
 )
 

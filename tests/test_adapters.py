@@ -145,13 +145,13 @@ def test_linear_kervolution_is_bit_equal(kind: type[nn.Conv2d]) -> None:
 
 @pytest.mark.parametrize("rule", ["kerv-poly", "kerv-gauss", "kerv-sigmoid", "kerv-l2"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_neutral_start_keeps_the_output(kind: type[nn.Conv2d], rule: str) -> None:
+def test_neutral_start_is_bit_equal(kind: type[nn.Conv2d], rule: str) -> None:
     conv = make(kind)
-    # Standardised filters are long: the neutral error, linear in ε·wᵀx, is met by a smaller ε.
-    new = replaced(conv, rule, None if rule != "kerv-poly" else "neutral(1e-5)")
+    new = replaced(conv, rule)
     for size in SIZES:
         x = torch.randn(2, 4, *size)
-        assert naive.error(new(x), conv(x)) < 3e-3
+        assert torch.equal(new(x), conv(x))
+        assert torch.equal(new(6e4 * x), conv(6e4 * x))
 
 
 @pytest.mark.parametrize("rule", ["kerv-poly", "kerv-gauss(learnable=channel)", "kerv-l1"])
@@ -238,18 +238,18 @@ def test_weights_that_are_not_there(kind: type[nn.Conv2d]) -> None:
 
 def test_names_and_classes() -> None:
     same, scaled = replaced(make(Conv2dSame), "kerv-poly"), replaced(make(ScaledStdConv2dSame), "kerv-poly")
-    assert repr(same).startswith("SamePolyKervolution2d(4, 6, kernel_size=(3, 3), stride=(2, 2)")
-    assert type(scaled).__name__ == "ScaledStdSamePolyKervolution2d"
+    assert repr(same).startswith("SamePolyDial2d(4, 6, kernel_size=(3, 3), stride=(2, 2)")
+    assert type(scaled).__name__ == "ScaledStdSamePolyDial2d"
     assert isinstance(scaled, PolyKervolution2d)
     assert type(same) is type(replaced(make(Conv2dSame, 5), "kerv-poly"))
     assert not hasattr(replaced(make(Conv2dSame), "conv"), "fuse")
     static = make(ScaledStdConv2dSame, 3, 1)  # padding that is known beforehand is the convolution's own
     assert adapter_for(static).geometry(static).padding == (1, 1, 1, 1)
-    assert type(replaced(static, "kerv-poly")).__name__ == "ScaledStdPolyKervolution2d"
+    assert type(replaced(static, "kerv-poly")).__name__ == "ScaledStdPolyDial2d"
 
 
 def test_fx_cannot_look_inside_a_computed_weight() -> None:
-    with pytest.raises(ModelError, match="FX must keep a StdPolyKervolution2d whole"):
+    with pytest.raises(ModelError, match="FX must keep a StdPolyDial2d whole"):
         fx.symbolic_trace(replaced(make(StdConv2d), "kerv-poly"))
 
 

@@ -137,7 +137,7 @@ def test_verify_names_the_first_node_that_differs(converted: nn.Module, exported
     other = copy.deepcopy(converted)
     with torch.no_grad():
         other.layer2[0].conv1.weight[0] += 0.5
-    with pytest.raises(ParityError, match=r"first node that differs: layer2\.0\.conv1 \(L2Kervolution2d\), by "):
+    with pytest.raises(ParityError, match=r"first node that differs: layer2\.0\.conv1 \(L2Dial2d\), by "):
         cs.verify_onnx(exported, other)
     other = copy.deepcopy(converted)
     with torch.no_grad():
@@ -185,9 +185,12 @@ def test_body_that_does_not_parse_names_the_operator(tmp_path: Path, monkeypatch
     from dataclasses import replace
 
     monkeypatch.setattr(KervPoly, "onnx", replace(KervPoly.onnx, body=lambda form: ["nonsense"]))
-    new = cs.convert(cs.create_model("resnet10t", img_size=32), "first-conv->kerv-poly")
-    with pytest.raises(ExportError, match=r"the body of PolyKervolution2d \(d3_centered_bias\) does not parse"):
-        cs.export_onnx(new, tmp_path / "m.onnx")
+    (dial,) = KervPoly.more_onnx
+    monkeypatch.setattr(KervPoly, "more_onnx", (replace(dial, body=lambda form: ["nonsense"]),))
+    model = cs.create_model("resnet10t", img_size=32)
+    for start, told in (("copy", r"PolyKervolution2d \(d3_gain_bias\)"), ("neutral", "PolyDial2d_degree3")):
+        with pytest.raises(ExportError, match=f"the body of {told} does not parse"):
+            cs.export_onnx(cs.convert(model, f"first-conv->kerv-poly by {start}"), tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -236,7 +239,7 @@ def test_mobilenet_with_every_operator(tmp_path: Path) -> None:
     parity = cs.export_onnx(new, tmp_path / "m.onnx", example_inputs=torch.randn(2, 3, 64, 64))
     assert parity.error < 1e-4
     operators = {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node if node.domain == DOMAIN}
-    assert operators == {"GaussKervolution2d", "L2Kervolution2d", "PolyKervolution2d", "SigmoidKervolution2d"}
+    assert operators == {"GaussDial2d", "L2Dial2d", "PolyDial2d_degree4", "SigmoidDial2d"}
 
 
 def test_a_detector_is_refused_and_its_backbone_exported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -248,7 +251,7 @@ def test_a_detector_is_refused_and_its_backbone_exported(tmp_path: Path, capfd: 
     parity = cs.export_onnx(new.backbone, tmp_path / "backbone.onnx", example_inputs=torch.rand(2, 3, 64, 64))
     assert parity.error < 1e-5
     file = onnx.load(tmp_path / "backbone.onnx")
-    assert [node.op_type for node in file.graph.node if node.domain == DOMAIN] == ["PolyKervolution2d"]
+    assert [node.op_type for node in file.graph.node if node.domain == DOMAIN] == ["PolyDial2d_degree3"]
     assert capfd.readouterr() == ("", "")
 
 

@@ -29,6 +29,8 @@ def chain(*between: nn.Module, groups: int = 1, bias: bool = True, norm: bool = 
 def fused(model: nn.Module) -> tuple[nn.Module, nn.Module, Tensor]:
     x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     new = cs.convert(model, "first-conv->kerv-poly by neutral(0.25)", example_inputs=x)
+    layer = next(m for m in new.modules() if isinstance(m, Kervolution2d))
+    layer.gain = layer.constant(torch.linspace(0.5, 2, 8))
     return new, cs.fuse(new), x
 
 
@@ -79,7 +81,7 @@ def test_negative_gains_stay() -> None:
     model = chain(nn.ReLU())
     x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     new = cs.convert(model, "first-conv->kerv-poly", example_inputs=x)
-    new[0].gain = new[0].gain * torch.linspace(-1, 1, 8, dtype=torch.float64).sub(0.1)
+    new[0].gain = torch.linspace(-1, 1, 8, dtype=torch.float64).sub(0.1)
     deployed = cs.fuse(new)
     assert deployed[0].gain is not None
     assert error(deployed, new, x) < 1e-13

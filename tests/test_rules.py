@@ -593,7 +593,7 @@ def test_wishes_and_options_know_where_they_were_written():
             "neutral(1e-3)",
             "known: blend, copy, fit, random",
         ),
-        ("first-conv->kerv-poly by neutral(2)", "eps must be from 1e-12 to 1, not 2", "neutral(2)", ""),
+        ("first-conv->kerv-poly by neutral(2)", "eps must be from 0 to 1, not 2", "neutral(2)", ""),
         ("first-conv->kerv-poly by neutral(seed=2)", "neutral takes only eps", "neutral(seed=2)", ""),
         ("first-conv->kerv-poly by copy(3)", "start copy takes no argument", "copy(3)", ""),
         ("first-conv->kerv-poly by blend(1.5)", "start blend: t must be from 0 to 1, not 1.5", "blend(1.5)", ""),

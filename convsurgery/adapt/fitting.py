@@ -224,7 +224,8 @@ class _Place:
             self._match_statistics()
         note = "; ".join(note for note in notes if note)
         # A gain that a BatchNorm makes up for is no error.
-        was = before.error(before.gain() if isinstance(fitter, NeutralFit) and self.norm is not None else 1.0)
+        absorbed = isinstance(fitter, NeutralFit) and fitter.absorb
+        was = before.error(before.gain() if absorbed else 1.0)
         return LayerFit(self.name, self.plan.operator, self.plan.method, was, error, note)
 
     def _output(self, given: Tensor, target: Tensor) -> Tensor:
@@ -320,7 +321,7 @@ class _Place:
         residual = fitter.residual if isinstance(fitter, NeutralFit) else None
         if residual is not None:
             norms[str(self.plan.batchnorm)] = absorb(norm, residual, fitter.shift, original=original)
-        elif isinstance(fitter, NeutralFit):
+        elif isinstance(fitter, NeutralFit) and fitter.absorb:
             # What an earlier start left there is the layer's own again.
             norms[str(self.plan.batchnorm)] = absorb(norm, torch.ones(self.layer.out_channels), original=original)
         elif fitter.shift is not None:

@@ -13,6 +13,9 @@ from convsurgery.surgery import blend_modules, nonlinearity, set_nonlinearity
 
 __all__ = ["StartSchedule"]
 
+#: of the ε wanted at the end, what the rise from 0 begins with: equal ratios need a beginning
+_FIRST_SHARE = 2.0**-10
+
 
 class StartSchedule:
     """Sets every t and ε for a moment of the run.
@@ -36,7 +39,7 @@ class StartSchedule:
         self.eps: Mapping[str, float] = {}
         if config.nonlinearity is not None:
             self.eps = {
-                name: float(module.eps)
+                name: module.dial_position()
                 for name, module in model.named_modules()
                 if isinstance(module, Kervolution2d) and module.eps is not None
             }
@@ -61,7 +64,7 @@ class StartSchedule:
         if self.eps and config.nonlinearity is not None:
             done = min(1.0, epochs / self.eps_epochs)
             now, rising = nonlinearity(self.model), max if config.nonlinearity > max(self.eps.values()) else min
-            wanted = {name: first ** (1 - done) * config.nonlinearity**done for name, first in self.eps.items()}
+            wanted = {name: _between(first, config.nonlinearity, done) for name, first in self.eps.items()}
             # Where a run is made longer its half comes later; what has arrived is not taken back.
             set_nonlinearity(self.model, {name: rising(value, now[name]) for name, value in wanted.items()})
 
@@ -71,6 +74,13 @@ class StartSchedule:
             return done
         count = len(self.order)
         return 1.0 if done == 1 else min(1.0, max(0.0, done * count - place))
+
+
+def _between(first: float, last: float, done: float) -> float:
+    """From ``first`` to ``last`` by equal ratios; from 0 by way of a small share of ``last``."""
+    if first == 0:
+        return 0.0 if done == 0 else (last * _FIRST_SHARE) ** (1 - done) * last**done
+    return float(first ** (1 - done) * last**done)
 
 
 def _curve(kind: str, done: float) -> float:

@@ -21,15 +21,21 @@ _LEADING = ("X", "W")
 
 
 def _functions() -> dict[str, OnnxFunction]:
-    found = (operator(name).onnx for name in list_operators())
+    configs = [operator(name) for name in list_operators()]
+    found = (function for config in configs for function in (config.onnx, *config.more_onnx))
     return {function.op_type: function for function in found if function is not None}
+
+
+def _function_of(node: onnx.NodeProto, functions: Mapping[str, OnnxFunction]) -> OnnxFunction:
+    """Its attributes may be part of a node's type."""
+    return functions.get(node.op_type) or functions[node.op_type.partition("_")[0]]
 
 
 def _inputs(function: OnnxFunction) -> tuple[str, ...]:
     return (*_LEADING, *function.inputs[len(_LEADING) :])
 
 
-def _schema(function: OnnxFunction, optional: set[str]) -> defs.OpSchema:
+def _schema(function: OnnxFunction, op_type: str, optional: set[str]) -> defs.OpSchema:
     kinds = defs.OpSchema.FormalParameterOption
     inputs = [
         defs.OpSchema.FormalParameter(name, "T", param_option=kinds.Optional if name in optional else kinds.Single)
@@ -43,7 +49,7 @@ def _schema(function: OnnxFunction, optional: set[str]) -> defs.OpSchema:
         *(defs.OpSchema.Attribute(name, defs.OpSchema.AttrType.INTS, "", required=True) for name in lists),
     ]
     return defs.OpSchema(
-        function.op_type,
+        op_type,
         DOMAIN,
         VERSION,
         inputs=inputs,
@@ -62,7 +68,6 @@ def _translation(function: OnnxFunction) -> tuple[Any, Callable[..., Any]]:
     op = getattr(torch.ops.convsurgery, function.torch_op).default
     arguments = [argument.name for argument in op._schema.arguments]
     optional = {a.name for a in op._schema.arguments if isinstance(a.type, torch.OptionalType)}
-    node = values.Op(values.Opset(DOMAIN, VERSION), function.op_type, _schema(function, optional))
 
     def translate(*args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(arguments, args, strict=False)), **kwargs}
@@ -76,6 +81,8 @@ def _translation(function: OnnxFunction) -> tuple[Any, Callable[..., Any]]:
             attributes[attribute] = int(value) if name == "groups" else [int(v) for v in value]
         if "pads" in attributes:
             attributes["pads"] = attributes["pads"] * 2
+        kind = function.node_type(attributes)
+        node = values.Op(values.Opset(DOMAIN, VERSION), kind, _schema(function, kind, optional))
         return node(*(given.get(name) for name in function.inputs), **attributes)
 
     return op, translate
@@ -96,12 +103,12 @@ def attach_functions(model: onnx.ModelProto) -> None:
     attached: dict[tuple[str, str], onnx.FunctionProto] = {}
     shapes = _shapes(model.graph)
     for node in custom_nodes(model):
-        function = functions[node.op_type]
+        function = _function_of(node, functions)
         form = _form(function, node, shapes)
         node.overload = function.overload(form)
         key = (node.op_type, node.overload)
         if key not in attached:
-            attached[key] = _proto(function, form, node.overload, model)
+            attached[key] = _proto(function, node, form, model)
     model.functions.extend(attached.values())
 
 
@@ -124,7 +131,7 @@ def _form(function: OnnxFunction, node: onnx.NodeProto, shapes: Mapping[str, tup
     return NodeForm(attributes, frozenset(given), words, lists, known)
 
 
-def _proto(function: OnnxFunction, form: NodeForm, overload: str, model: onnx.ModelProto) -> onnx.FunctionProto:
+def _proto(function: OnnxFunction, node: onnx.NodeProto, form: NodeForm, model: onnx.ModelProto) -> onnx.FunctionProto:
     standard = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     attributes = [*function.attributes, *function.strings, *function.window.values()]
     lines = "\n".join(f"  {line}" for line in function.body(form))
@@ -134,13 +141,14 @@ def _proto(function: OnnxFunction, form: NodeForm, overload: str, model: onnx.Mo
         names.pop()
     text = (
         f'<domain: "{DOMAIN}", opset_import: ["" : {standard}]>\n'
-        f"{function.op_type} <{', '.join(attributes)}> ({', '.join(names)}) => (Y)\n{{\n{lines}\n}}"
+        f"{node.op_type} <{', '.join(attributes)}> ({', '.join(names)}) => (Y)\n{{\n{lines}\n}}"
     )
     try:
         proto = onnx.parser.parse_function(text)
     except onnx.parser.ParseError as error:
-        raise ExportError(f"the body of {function.op_type} ({overload}) does not parse: {error}\n{text}") from error
-    proto.overload = overload
+        which = f"{node.op_type} ({node.overload})" if node.overload else node.op_type
+        raise ExportError(f"the body of {which} does not parse: {error}\n{text}") from error
+    proto.overload = node.overload
     # The checker wants a function's imports to equal the model's.
     del proto.opset_import[:]
     proto.opset_import.extend(model.opset_import)

@@ -23,6 +23,7 @@ from convsurgery.export.diffusion import parse_diffusion, truncate
 from convsurgery.export.nodes import attach_functions, custom_nodes, translation_table
 from convsurgery.export.parity import BATCHES, NODES, TOLERANCE, Parity, check_parity
 from convsurgery.files import output_file, refuse_existing, writing
+from convsurgery.operators import OperatorLayer
 from convsurgery.operators.onnx import DOMAIN
 from convsurgery.surgery import Record, fuse, record, unwrap
 
@@ -104,6 +105,9 @@ def export_onnx(
     bound = parse_diffusion(diffusion)
     inputs = _inputs(original, example_inputs, dynamic_batch)
     fused = fuse(original).cpu()
+    for module in fused.modules():
+        if isinstance(module, OperatorLayer):
+            module.complete()
     windows = {} if bound is None else truncate(fused, inputs, bound)
     proto = _translate(fused, inputs, wanted, dynamic_batch)
     _finish(proto, original, inline)

@@ -147,7 +147,8 @@ class OperatorConfig:
     :meth:`refuses_start` lets pass is the default, but for "fit", which needs data; registering adds "blend" where no
     copy is exact), ``patterns`` (structural patterns
     whose place it takes as a whole, ``"*"`` for any; empty for an operator that takes the place of one convolution),
-    ``leaves_gain`` (whether a neutral start may leave a per-channel gain to a BatchNorm behind).
+    ``leaves_gain`` (whether a neutral start may leave a per-channel gain to a BatchNorm behind), ``onnx`` (its node),
+    ``more_onnx`` (nodes of the other layers that it builds).
     """
 
     name: ClassVar[str] = ""
@@ -158,6 +159,7 @@ class OperatorConfig:
     patterns: ClassVar[tuple[str, ...]] = ()
     leaves_gain: ClassVar[bool] = True
     onnx: ClassVar[OnnxFunction | None] = None
+    more_onnx: ClassVar[tuple[OnnxFunction, ...]] = ()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -182,6 +184,10 @@ class OperatorConfig:
     def refuses_start(self, start: str, site: Site | None = None) -> str | None:
         """Why this config cannot begin with ``start`` (at ``site``) although the operator has it, or None."""
         return None
+
+    def keeps(self, start: Start) -> str:
+        """How ``start`` keeps the convolution: as ``starts`` says of its name, unless its number changes that."""
+        return self.starts[start.name]
 
     def start_for(self, wanted: Start | None, site: Site | None = None, *, data: bool = False) -> Start:
         """The start to use: the one wanted, else the first of ``starts`` that this config allows.

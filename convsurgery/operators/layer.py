@@ -71,6 +71,9 @@ class OperatorLayer(nn.Module):
         """What timm's ``reparameterize_model`` puts in this layer's place: :meth:`fold`, or something simpler."""
         return self.fold()
 
+    def complete(self) -> None:
+        """Before export, on a folded layer: give it every constant that its node can have, the function staying."""
+
     def absorb_affine(self, gain: Tensor, bias: Tensor) -> bool:
         """Follow this layer by ``gain · y + bias`` (both (C_out,)), folded into its weights.
 

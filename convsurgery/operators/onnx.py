@@ -60,6 +60,8 @@ class OnnxFunction:
         body: ONNX text of the statements that compute ``Y`` from the inputs.
         strings: the op's text arguments.
         window: its arguments that have another name in ONNX, a convolution's by default.
+        named_by: those of its attributes whose values belong to the node's type, as ``_name3``: for bodies that differ
+            with them, without an overload, which not every runtime knows.
     """
 
     op_type: str
@@ -70,3 +72,8 @@ class OnnxFunction:
     body: Callable[[NodeForm], Sequence[str]]
     strings: tuple[str, ...] = ()
     window: Mapping[str, str] = field(default_factory=lambda: CONV_ATTRIBUTES)
+    named_by: tuple[str, ...] = ()
+
+    def node_type(self, attributes: Mapping[str, int]) -> str:
+        """The type of a node with these attributes."""
+        return self.op_type + "".join(f"_{name}{attributes[name]}" for name in self.named_by)

@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["REDUCED", "no_autocast", "no_grad_needed", "result_dtype", "widened"]
+__all__ = ["REDUCED", "no_autocast", "no_grad_needed", "result_dtype", "transformed", "widened"]
 
 REDUCED = (torch.float16, torch.bfloat16)
 
@@ -28,6 +29,15 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 def widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in REDUCED else x
+
+
+def transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation follows what is computed.
+
+    They find no autograd Function inside of an op, and derive some operations in place wrongly (b.mul_(b)).
+    """
+    # As torch.autograd.Function.apply itself asks.
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def no_grad_needed(*tensors: Tensor | None) -> bool:

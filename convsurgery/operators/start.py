@@ -11,9 +11,6 @@ from convsurgery.errors import ArgumentError, nearest
 
 __all__ = ["Start"]
 
-#: below it the constants of a neutral start leave the range of float32
-_LEAST_EPS = 1e-12
-
 
 @dataclass(frozen=True)
 class Start:
@@ -27,10 +24,13 @@ class Start:
     Attributes:
         name: the start's name.
         value: its one number, or None for the operator's default.
+        scaled: of a neutral start, whether the kernel's filters are scaled and a gain undoes that, as in plans that
+            convsurgery 0.1 wrote.
     """
 
     name: str
     value: float | None = None
+    scaled: bool = False
 
     ARGUMENT: ClassVar[Mapping[str, str]] = {
         "neutral": "eps",
@@ -60,8 +60,8 @@ class Start:
             value = float(number)
         except ValueError:
             raise ArgumentError("start", f"start {name}: {number!r} is not a number") from None
-        if name == "neutral" and not _LEAST_EPS <= value <= 1:
-            raise ArgumentError("start", f"start neutral: eps must be from {_LEAST_EPS:g} to 1, not {number}")
+        if name == "neutral" and not 0 <= value <= 1:
+            raise ArgumentError("start", f"start neutral: eps must be from 0 to 1, not {number}")
         if name == "fit" and not 0 < value <= 1:
             raise ArgumentError("start", f"start fit: ridge must be above 0 and at most 1, not {number}")
         if name == "blend" and not 0 <= value <= 1:

@@ -12,25 +12,22 @@ from convsurgery.surgery.record import unwrap
 
 __all__ = ["nonlinearity", "set_nonlinearity"]
 
-#: beyond it the constants leave the range of float32
-_LEAST = 1e-12
-
 
 def nonlinearity(model: nn.Module) -> dict[str, float]:
     """ε of every layer of ``model`` that began by neutral, by name."""
-    return {name: float(layer.eps) for name, layer in _dialled(model).items() if layer.eps is not None}
+    return {name: layer.dial_position() for name, layer in _dialled(model).items()}
 
 
 def set_nonlinearity(model: nn.Module, eps: float | Mapping[str, float]) -> dict[str, float]:
     """Set how far layers on the neutral start are from the convolution.
 
-    A layer computes g·[κ(εx) − κ(0)] in effect, with g so that small inputs meet the convolution's response whatever ε:
-    near 0 it is the convolution, at 1 the paper's kernel with the filters as they are (poly and sigmoid) or one about
-    as nonlinear (gauss, l2). Changes no parameters, but for a learnable γ.
+    At 0 a layer is the convolution, bit for bit; at 1 it is the paper's kernel on the convolution's filters, less its
+    response to an empty window, up to a factor for each channel. What it does to small inputs is the convolution's
+    whatever ε. Changes no parameters. In models that convsurgery 0.1 saved ε is from 1e-12 on, and moves a learnable γ.
 
     Args:
         model: a converted model; changed in place.
-        eps: for all such layers, or by name; from 1e-12 to 1.
+        eps: for all such layers, or by name; from 0 to 1.
 
     Returns:
         ε of all such layers as they are now.
@@ -51,8 +48,9 @@ def set_nonlinearity(model: nn.Module, eps: float | Mapping[str, float]) -> dict
     for name, value in wanted.items():
         if name not in layers:
             raise ConversionError(f"no layer {name!r} began by neutral; {nearest(name, layers)}")
-        if not _LEAST <= value <= 1:
-            raise ConversionError(f"{name or 'the model itself'}: ε must be from {_LEAST:g} to 1, not {value}")
+        least = layers[name].least_eps
+        if not least <= value <= 1:
+            raise ConversionError(f"{name or 'the model itself'}: ε must be from {least:g} to 1, not {value}")
     for name, value in wanted.items():
         layers[name].set_nonlinearity(float(value))
     return nonlinearity(model)

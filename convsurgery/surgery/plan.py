@@ -17,7 +17,9 @@ from convsurgery.rules import parse_target
 
 __all__ = ["FORMAT", "Entry", "Plan"]
 
-FORMAT = 1
+#: plans of format 1 were written by convsurgery 0.1: neutral meant filters that are scaled. They are read as that.
+FORMAT = 2
+_SCALED = 1
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Entry:
     @property
     def exactness(self) -> str:
         """How the start keeps the convolution: "exact", "approximate", "fitted" to data or "none"."""
-        return "exact" if self.config is None or self.start is None else self.config.starts[self.start.name]
+        return "exact" if self.config is None or self.start is None else self.config.keeps(self.start)
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ class Plan:
                 "site": dataclasses.asdict(entry.site),
                 "operator": None if entry.config is None else str(entry.config),
                 "start": None if entry.start is None else str(entry.start),
+                "scaled": entry.start is not None and entry.start.scaled,
                 "reason": entry.reason,
                 "rule": entry.rule,
                 "after": dataclasses.asdict(entry.after),
@@ -175,12 +178,15 @@ class Plan:
             raise StorageError(f"the plan is not what convsurgery writes: {data!r:.80}")
         if "format" not in data:
             raise StorageError("the plan has no 'format'")
-        if data["format"] != FORMAT:
-            raise StorageError(f"the plan has format {data['format']!r:.80}; this version reads {FORMAT}")
+        form = data["format"]
+        if type(form) is not int or form not in (_SCALED, FORMAT):
+            raise StorageError(f"the plan has format {form!r:.80}; this version reads {_SCALED} and {FORMAT}")
         items = data.get("entries")
         if not isinstance(items, list):
             raise StorageError("the plan is not what convsurgery writes: it has no list of 'entries'")
-        entries = tuple(_entry(item, f"entry {number} of the plan") for number, item in enumerate(items))
+        entries = tuple(
+            _entry(item, f"entry {number} of the plan", scaled=form == _SCALED) for number, item in enumerate(items)
+        )
         rest = {key: value for key, value in data.items() if key not in ("format", "entries")}
         return dataclasses.replace(from_plain(cls, {**rest, "entries": []}, "the plan"), entries=entries)
 
@@ -207,9 +213,11 @@ class _Written:
     after: Cost
     absorb: bool
     block: Block | None = None
+    scaled: bool = False
 
 
-def _entry(item: Any, where: str) -> Entry:
+def _entry(item: Any, where: str, *, scaled: bool) -> Entry:
+    """One entry; ``scaled``: of a plan whose neutral starts all scale their filters."""
     read = from_plain(_Written, item, where)
     if not read.site.names:
         raise StorageError(f"{where}.site has no names")
@@ -220,6 +228,8 @@ def _entry(item: Any, where: str) -> Entry:
     try:
         config = None if read.operator is None else bind(parse_target(read.operator))
         start = None if read.start is None else Start.parse(read.start)
+        if start is not None and start.name == "neutral" and (scaled or read.scaled):
+            start = dataclasses.replace(start, scaled=True)
     except RuleError as error:
         raise StorageError(f"{where}: {error}") from error
     if config is not None and start is not None and start.name not in config.starts:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convsurgery.operators.precision import REDUCED, no_autocast, result_dtype, widened
+from convsurgery.operators.precision import REDUCED, no_autocast, no_grad_needed, result_dtype, transformed, widened
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -101,8 +101,14 @@ def affine(y: Tensor, gain: Tensor | None, bias: Tensor | None, inplace: bool) -
     return y
 
 
-def apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
-    out: Tensor = function.apply(*arguments)
+def overwritable(*tensors: Tensor | None) -> bool:
+    """Whether a freshly made result may be overwritten: nothing records or transforms it here."""
+    return no_grad_needed(*tensors) and not transformed()
+
+
+def apply(function: Any, *arguments: Any) -> Tensor:
+    """``function.apply``, or inside of transforms ``function.plain``: the same made of torch's own operations."""
+    out: Tensor = function.plain(*arguments) if transformed() else function.apply(*arguments)
     return out
 
 
@@ -116,6 +122,11 @@ class Root(torch.autograd.Function):
     """√max(q, 0), with gradient 0 at 0, where the true one is infinite."""
 
     generate_vmap_rule = True
+
+    @staticmethod
+    def plain(q: Tensor) -> Tensor:
+        above = q > 0
+        return torch.where(above, torch.where(above, q, 1.0).sqrt(), 0.0)
 
     @staticmethod
     def forward(q: Tensor) -> Tensor:
@@ -144,6 +155,10 @@ class Tanh(torch.autograd.Function):
     """tanh(s) as e / (e + 2) with e = expm1(2s): as exact, also near 0, and on CPUs three times as fast."""
 
     generate_vmap_rule = True
+
+    @staticmethod
+    def plain(s: Tensor) -> Tensor:
+        return s.tanh()
 
     @staticmethod
     def forward(s: Tensor) -> Tensor:

@@ -11,15 +11,16 @@ from torch import Tensor
 from convsurgery.operators.moments import Moments
 
 if TYPE_CHECKING:
+    from convsurgery.operators.kervolution._dialled import Dialled
     from convsurgery.operators.kervolution._layer import Kervolution2d
 
-__all__ = ["TARGET", "AffineFit", "NeutralFit", "ScaleFit"]
+__all__ = ["TARGET", "AffineFit", "DialFit", "NeutralFit", "ScaleFit"]
 
 #: relative error that a layer may have when data choose its ε
 TARGET = 1e-3
 
-#: the powers of two among which ε is looked for, and the images of the first batch that narrow them down
-_RANGE, _IMAGES = range(-1, -33, -1), 8
+#: the images of the first batch that narrow ε down
+_IMAGES = 8
 
 #: how near to the least error of all ε a layer must come whose dtype cannot meet the target
 _NEAR = 1.1
@@ -106,6 +107,8 @@ class ScaleFit:
 class NeutralFit:
     """The largest ε whose error meets a target, with gain and offset of each channel by least squares.
 
+    For layers whose filters are scaled, as models have them that convsurgery 0.1 saved.
+
     All powers of two are tried on a few images, and the few around the best on all of them. Where no ε meets the
     target, in half precision above all, the largest is taken whose error is near the least.
 
@@ -120,6 +123,8 @@ class NeutralFit:
 
     #: the layer is compared with its convolution on the layer's own input: what came before is not its error
     local = True
+    #: among which ε is looked for
+    candidates: tuple[float, ...] = tuple(2.0**-k for k in range(1, 33))
 
     def __init__(self, layer: Kervolution2d, *, absorb: bool) -> None:
         self.layer, self.target, self.absorb = layer, TARGET, absorb
@@ -128,28 +133,35 @@ class NeutralFit:
         self.note = ""
         assert layer.eps is not None
         self.free = bool(getattr(layer, "free_eps", False))
-        self.tried: list[float] | None = None if self.free else [float(layer.eps)]
+        self.tried: list[float] | None = None if self.free else [float(layer.eps.detach().amax())]
         self.moments: dict[float, Moments] = {}
         layer.offset = None
 
     def add(self, input: Tensor, output: Tensor, target: Tensor) -> None:
         if self.tried is None:
-            few = {eps: Moments() for eps in (2.0**k for k in _RANGE)}
-            for eps, moments in few.items():
-                self._add(eps, moments, input[:_IMAGES], target[:_IMAGES])
-            best = self._choice(few)
-            self.tried = [eps for eps in few if best / 4 <= eps <= best * 2]
+            self.tried = self._near(input[:_IMAGES], target[:_IMAGES])
         for eps in self.tried:
             self._add(eps, self.moments.setdefault(eps, Moments()), input, target)
+
+    def _near(self, input: Tensor, target: Tensor) -> list[float]:
+        """The largest ε that will do for a few images, and its neighbours."""
+        few = {eps: Moments() for eps in self.candidates}
+        for eps, moments in few.items():
+            self._add(eps, moments, input, target)
+        best = self._choice(few)
+        return [eps for eps in few if best / 4 <= eps <= best * 2 or eps == 0]
 
     def _add(self, eps: float, moments: Moments, input: Tensor, target: Tensor) -> None:
         layer = self.layer
         bias = layer.bias
-        layer.gain = layer.constant(layer.neutral(eps))
+        self._turn(eps)
         output = layer(input)
         moments.add(
             *((output, target) if bias is None else (t - bias.detach().view(-1, 1, 1) for t in (output, target)))
         )
+
+    def _turn(self, eps: float) -> None:
+        self.layer.gain = self.layer.constant(self.layer.neutral(eps))
 
     def _choice(self, moments: dict[float, Moments]) -> float:
         errors = {eps: found.error(*found.affine()) for eps, found in moments.items()}
@@ -160,7 +172,7 @@ class NeutralFit:
         return max(eps for eps, error in usable.items() if error <= bound)
 
     @torch.no_grad()
-    def finish(self) -> float:
+    def finish(self) -> float | None:
         layer = self.layer
         eps = self._choice(self.moments)
         gain, offset = self.moments[eps].affine()
@@ -181,3 +193,37 @@ class NeutralFit:
         if self.free and error > self.target:
             self.note += f", the least error of {self.layer.weight.dtype} here".replace("torch.", "")
         return error
+
+
+class DialFit(NeutralFit):
+    """The same for layers of today: ε stands beside the filters, and 0, the convolution itself, is one of those tried.
+
+    Gain and offset stay in the layer.
+    """
+
+    layer: Dialled
+    #: down to where activations of 1e9 still allow one
+    candidates = (*(2.0**-k for k in range(1, 49)), 0.0)
+
+    def __init__(self, layer: Dialled) -> None:
+        super().__init__(layer, absorb=False)
+
+    def _turn(self, eps: float) -> None:
+        self.layer.eps, self.layer.gain = self.layer.constant(eps), None
+
+    @torch.no_grad()
+    def finish(self) -> float | None:
+        layer, eps = self.layer, self._choice(self.moments)
+        least = min(self.moments, key=lambda each: each or 1.0)
+        if self.free and eps == 0 and self.candidates[-2] < least:
+            # Images behind the first few want a smaller one.
+            self.tried, self.moments = [*(least / 2.0**k for k in range(1, 5)), 0.0], {}
+            return None
+        moments = self.moments[eps]
+        layer.eps, self.note = layer.constant(eps), f"ε = {eps:.1e}"
+        if eps == 0 and moments.error() == 0:
+            layer.gain = layer.offset = None
+            return 0.0
+        gain, offset = moments.affine()
+        layer.gain, layer.offset = layer.constant(gain), layer.constant(offset)
+        return moments.error(gain, offset)

@@ -16,7 +16,7 @@ from convsurgery.geometry import Cost, Site
 from convsurgery.operators.base import Built, Fitter, Start
 from convsurgery.operators.kervolution._fitting import AffineFit, NeutralFit
 from convsurgery.operators.layer import OperatorLayer, conv_options
-from convsurgery.operators.precision import REDUCED
+from convsurgery.operators.precision import REDUCED, widened
 
 __all__ = ["SHARE", "Kervolution2d", "distance_cost", "learnable_cost", "power_of_two", "quantile"]
 
@@ -50,6 +50,12 @@ class Kervolution2d(OperatorLayer):
     constants: ClassVar[tuple[str, ...]] = ("scale", "gain", "offset", "eps")
     #: how the constants (and "hyper") go with ε when only the nonlinearity is to change: the powers of the ratio
     dial: ClassVar[dict[str, int]] = {}
+
+    #: the smallest ε that its dial can be set to: below it the constants leave the range of float32
+    least_eps: ClassVar[float] = 1e-12
+
+    #: whether the neutral start scales the filters, as convsurgery 0.1 had it
+    scales: ClassVar[bool] = True
 
     #: whether :meth:`fold` has made it
     folded = False
@@ -87,8 +93,10 @@ class Kervolution2d(OperatorLayer):
             self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
-        for name in self.constants:
-            self.register_buffer(name, None)
+        # torch.export counts absent buffers too, so that those that are always there come first.
+        for name in (self.hyper_name, *self.constants):
+            if name:
+                self.register_buffer(name, None)
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -105,24 +113,25 @@ class Kervolution2d(OperatorLayer):
     def set_hyper(self, value: Tensor, learnable: bool | str) -> None:
         """Store the hyperparameter: as it is when fixed, as its logarithm when learnable, so that it stays positive."""
         name = self.hyper_name
-        for stale in (name, f"log_{name}"):
-            self._buffers.pop(stale, None)
-            self._parameters.pop(stale, None)
-        if learnable == "channel":
-            value = value.expand(self.out_channels).clone()
-        if learnable:
-            log = nn.Parameter(value.log(), requires_grad=self.weight.requires_grad)
-            self.register_parameter(f"log_{name}", log)
-        else:
-            self.register_buffer(name, value)
+        self._parameters.pop(f"log_{name}", None)
+        if not learnable:
+            self._buffers[name] = value
+            return
+        self._buffers.pop(name, None)
+        value = value.expand(self.out_channels).clone() if learnable == "channel" else value
+        self.register_parameter(f"log_{name}", nn.Parameter(value.log(), requires_grad=self.weight.requires_grad))
 
     def hyper(self) -> Tensor:
         """The hyperparameter's present value, () or (C_out,)."""
         log = self._parameters.get(f"log_{self.hyper_name}")
-        # Bounded so that the exponential is neither 0 nor infinite in float32.
-        value = self._buffers[self.hyper_name] if log is None else log.clamp(-_LOG_BOUND, _LOG_BOUND).exp()
+        value = self._buffers[self.hyper_name] if log is None else self.bounded_exp(log)
         assert value is not None
         return value
+
+    @staticmethod
+    def bounded_exp(log: Tensor) -> Tensor:
+        """exp, neither 0 nor infinite in float32."""
+        return log.clamp(-_LOG_BOUND, _LOG_BOUND).exp()
 
     def change_hyper(self, value: Tensor) -> None:
         """Another value, fixed or learnable as the present one is."""
@@ -156,8 +165,10 @@ class Kervolution2d(OperatorLayer):
         left, right, top, bottom = self.geometry.padding
         if self.padding_mode == "zeros" and left == right and top == bottom:
             return self.kernel(input, (top, left))
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return self.kernel(F.pad(input, [left, right, top, bottom], mode), (0, 0))
+        if self.padding_mode == "zeros":
+            # As torch does it for "same": only the odd pixel is added to the image.
+            return self.kernel(F.pad(input, [0, right - left, 0, bottom - top]), (top, left))
+        return self.kernel(F.pad(input, [left, right, top, bottom], self.padding_mode), (0, 0))
 
     # -- starts
 
@@ -179,11 +190,18 @@ class Kervolution2d(OperatorLayer):
         """Set scale and hyperparameter for a neutral setting of this ε; returns the gain that undoes them, float64."""
         raise NotImplementedError
 
-    def set_nonlinearity(self, eps: float) -> None:
-        """Go to another ε from the neutral start's; what the layer does to small inputs stays as it is."""
+    def dial_position(self) -> float:
+        """ε of the neutral start; the mean where channels have their own."""
+        return float(self._began_neutral().detach().mean())
+
+    def _began_neutral(self) -> Tensor:
         if self.eps is None:
             raise ConvSurgeryError(f"{type(self).__name__} did not start by neutral: it has no ε to change")
-        ratio = eps / float(self.eps)
+        return self.eps
+
+    def set_nonlinearity(self, eps: float) -> None:
+        """Go to another ε from the neutral start's; what the layer does to small inputs stays as it is."""
+        ratio = eps / float(self._began_neutral())
         for name, power in self.dial.items():
             if name == "hyper" and (log := self._parameters.get(f"log_{self.hyper_name}")) is not None:
                 log.data += power * math.log(ratio)
@@ -193,7 +211,7 @@ class Kervolution2d(OperatorLayer):
             assert value is not None
             # In place: training keeps snapshots of these very tensors.
             value.copy_(value.double() * ratio**power)
-        self.eps.fill_(eps)
+        self._began_neutral().fill_(eps)
 
     def begin(self, start: Start, eps: float | None, *, absorb: bool) -> Built:
         """Finish a start; ``eps`` is that of the neutral one where the kernel has it.
@@ -281,6 +299,11 @@ class Kervolution2d(OperatorLayer):
         """Fits gain and offset, and for a neutral start ε; a penalty has no part in it."""
         return AffineFit(self) if self.eps is None else NeutralFit(self, absorb=shift)
 
+    def padded(self, input: Tensor) -> Tensor:
+        """The input with zeros around, whatever the padding mode, in at least float32: to look at responses."""
+        left, right, top, bottom = self.geometry.padding
+        return widened(F.pad(input, [left, right, top, bottom]))
+
     def saturation(self, input: Tensor) -> str | None:
         """What to change where this kernel hardly answers to its input any more; None where it does."""
         return None
@@ -288,6 +311,13 @@ class Kervolution2d(OperatorLayer):
     # -- state: constants may be absent, scalars or vectors, and the file decides
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        given = f"{prefix}eps" in state_dict and f"{prefix}scale" not in state_dict
+        if self.scales and self.eps is not None and given:
+            args[-1].append(
+                f"{prefix.rstrip('.') or 'the layer'} began by neutral as convsurgery 0.1 had it, which scaled the "
+                "filters; these weights are of a layer of today. Load their folder by convsurgery.load"
+            )
+            return
         names = [*self.constants, *([self.hyper_name] if self.hyper_name in self._buffers else [])]
         for name in names:
             stored, own = state_dict.get(prefix + name), self._buffers[name]
@@ -305,14 +335,15 @@ class Kervolution2d(OperatorLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # ``half()`` must not reach the constants: a neutral gain or γ lies outside float16.
         before = dict(self._buffers)
-        log = self._parameters.get(f"log_{self.hyper_name}")
+        name_of_log = next((name for name in self._parameters if name.startswith("log_")), "")
+        log = self._parameters.get(name_of_log)
         log_before = None if log is None else log.data
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype in REDUCED:
                 self._buffers[name] = old.to(new.device)
-        log = self._parameters.get(f"log_{self.hyper_name}")
+        log = self._parameters.get(name_of_log)
         if log is not None and log_before is not None and log.dtype in REDUCED:
             log.data = log_before.to(log.device)
         return self
@@ -331,7 +362,7 @@ class Kervolution2d(OperatorLayer):
         if g.padding_mode != "zeros":
             text += f", padding_mode={g.padding_mode}"
         if self.hyper_name:
-            learnable = f"log_{self.hyper_name}" in self._parameters
+            learnable = any(name.startswith("log_") for name in self._parameters)
             value = self.hyper()
             shown = "meta" if value.is_meta else f"{value.item():.4g}" if value.dim() == 0 else "per channel"
             text += f", {self.hyper_name}={shown}" + (", learnable" if learnable else "")

@@ -149,3 +149,81 @@ def statements(*groups: str | Sequence[str]) -> list[str]:
     for group in groups:
         lines += [group] if isinstance(group, str) else group
     return lines
+
+
+def no_overload(form: NodeForm) -> str:
+    """For nodes that have one body."""
+    return ""
+
+
+# -- bodies of the dialled kernels: one for each node, whatever its inputs, groups and ε
+
+
+def dialled(*groups: str | Sequence[str]) -> list[str]:
+    """A body that ends in a response ``f``: constants first, ``s = wᵀx``, then ``Y = gain · f + bias``."""
+    lines = [
+        number("one", 1.0),
+        number("nil", 0.0),
+        "count = Shape <start = 0, end = 1> (W)",
+        "ones = Expand (one, count)",
+        "nils = Expand (nil, count)",
+        "eps = Expand (epsilon, count)",
+        conv("s", "X", "W"),
+    ]
+    for group in groups:
+        lines += [group] if isinstance(group, str) else group
+    return [*lines, "gains = Expand (gain, count)", by_channel("Y", "f", "gains", "bias")]
+
+
+def by_channel(result: str, x: str, factor: str, add: str) -> str:
+    """``result = factor · x + add``, both (C_out,), as a BatchNormalization: runtimes keep their layout through it."""
+    return f"{result} = BatchNormalization <epsilon = 0.0> ({x}, {factor}, {add}, nils, ones)"
+
+
+def add_squares(result: str, factor: str) -> list[str]:
+    """``result = s + factor · ‖x‖²``, ``factor`` (C_out,), for any number of groups and without a reshape of maps.
+
+    x is multiplied by the largest factor before it is squared, and the mean of that takes the sum's place: in half
+    precision squares and their sums are soon out of range, and a factor of 0 has to give 0 all the same.
+    """
+    flat = "strides = [1, 1], pads = [0, 0, 0, 0], dilations = [1, 1], group: int = @group"
+    return [
+        "first = Constant <value_ints = [1]> ()",
+        "group_count = Constant <value_int: int = @group> ()",
+        "group_row = Reshape (group_count, first)",
+        "within = Shape <start = 1, end = 2> (W)",
+        "window = Shape <start = 2> (W)",
+        "patch_shape = Shape <start = 1> (W)",
+        "patch_count = ReduceProd <keepdims = 0> (patch_shape)",
+        "patch = CastLike (patch_count, W)",
+        "share = Reciprocal (patch)",
+        f"factor_sizes = Abs ({factor})",
+        "largest = ReduceMax <keepdims = 0> (factor_sizes)",
+        "any = Greater (largest, nil)",
+        "divisor = Where (any, largest, one)",
+        f"relative = Div ({factor}, divisor)",
+        "whole = Mul (relative, patch)",
+        "x_scaled = Mul (X, largest)",
+        "squares = Mul (X, x_scaled)",
+        "sum_shape = Concat <axis = 0> (group_row, within, first, first)",
+        "sum_filters = Expand (share, sum_shape)",
+        f"by_group = Conv <{flat}> (squares, sum_filters)",
+        "window_shape = Concat <axis = 0> (group_row, first, window)",
+        "window_filters = Expand (one, window_shape)",
+        conv("means", "by_group", "window_filters"),
+        "filters_shape = Concat <axis = 0> (count, first, first, first)",
+        "factor_filters = Reshape (whole, filters_shape)",
+        f"share_of_x = Conv <{flat}> (means, factor_filters)",
+        f"{result} = Add (s, share_of_x)",
+    ]
+
+
+def tanh_ratio(result: str, z: str) -> list[str]:
+    """``result = tanh(z) / z``, 1 at 0: it is even, and below 2⁻¹¹ the same as there but for a rounding."""
+    return [
+        number("small", 2.0**-11),
+        f"size = Abs ({z})",
+        "apart = Max (size, small)",
+        "bent = Tanh (apart)",
+        f"{result} = Div (bent, apart)",
+    ]

@@ -14,12 +14,12 @@ from convsurgery.geometry import Site
 from convsurgery.operators.base import Built, Fitter, OperatorConfig, Start, register_operator
 from convsurgery.operators.kervolution import _onnx as text
 from convsurgery.operators.kervolution._call import functional_call, schema
-from convsurgery.operators.kervolution._conv import affine
+from convsurgery.operators.kervolution._conv import affine, overwritable
 from convsurgery.operators.kervolution._fitting import AffineFit, ScaleFit
 from convsurgery.operators.kervolution._layer import Kervolution2d, power_of_two
 from convsurgery.operators.library import LIBRARY, batch_optional
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
-from convsurgery.operators.precision import no_grad_needed, result_dtype, widened
+from convsurgery.operators.precision import result_dtype, widened
 
 __all__ = ["KervL1", "L1Kervolution2d", "kerv_l1"]
 
@@ -181,7 +181,7 @@ def _op(
         raise RuntimeError(
             f"kerv_l1: an image of {size} with padding {padding} is smaller in size than the window {window}"
         )
-    fresh = no_grad_needed(x, weight, bias, gain, scale)
+    fresh = overwritable(x, weight, bias, gain, scale)
     w = widened(weight)
     if scale is not None:
         w = w * (scale if scale.dim() == 0 else scale.view(-1, 1, 1, 1))

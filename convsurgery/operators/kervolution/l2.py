@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from convsurgery.geometry import Cost, Site
-from convsurgery.operators.base import Built, OperatorConfig, Start, register_operator
+from convsurgery.operators.base import Built, Start, register_operator
 from convsurgery.operators.kervolution import _onnx as text
-from convsurgery.operators.kervolution._call import define, functional_call
+from convsurgery.operators.kervolution._call import as_constant, define, define_dial, functional_call
 from convsurgery.operators.kervolution._conv import (
     TINY,
     Root,
@@ -22,17 +22,20 @@ from convsurgery.operators.kervolution._conv import (
     exact_inner,
     halved_product,
     inner,
+    overwritable,
     per_channel,
     reciprocal_or_zero,
     root,
     squared_norm,
     window_squares,
 )
+from convsurgery.operators.kervolution._curve import Rooted, convolved, curve, finished, norms, with_squares
+from convsurgery.operators.kervolution._dialled import DialConfig, Dialled
 from convsurgery.operators.kervolution._layer import Kervolution2d, distance_cost
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
-from convsurgery.operators.precision import no_grad_needed, result_dtype
+from convsurgery.operators.precision import result_dtype
 
-__all__ = ["KervL2", "L2Kervolution2d", "kerv_l2"]
+__all__ = ["KervL2", "L2Dial2d", "L2Kervolution2d", "kerv_l2", "kerv_l2_dial"]
 
 
 class _CenteredRoot(torch.autograd.Function):
@@ -42,6 +45,10 @@ class _CenteredRoot(torch.autograd.Function):
     """
 
     generate_vmap_rule = True
+
+    @staticmethod
+    def plain(q: Tensor, ww: Tensor) -> Tensor:
+        return q / (Root.plain(q + ww) + Root.plain(ww)).clamp_min(TINY)
 
     @staticmethod
     def forward(q: Tensor, ww: Tensor) -> Tensor:
@@ -76,7 +83,7 @@ def _op(
 ) -> Tensor:
     dtype = result_dtype(x)
     window = Window(stride, padding, dilation, groups)
-    fresh = no_grad_needed(x, weight, bias, gain, scale)
+    fresh = overwritable(x, weight, bias, gain, scale)
     ww = squared_norm(weight)
     factor = ww.new_full((), -2.0)
     if scale is not None:
@@ -90,6 +97,28 @@ def _op(
 
 
 define("kerv_l2", "", "", _op)
+
+
+def _dial(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    epsilon: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    window = Window(stride, padding, dilation, groups)
+    fresh = overwritable(x, weight, bias, gain, epsilon)
+    given = convolved(x, weight, bias, window)
+    length, inverse = norms(weight)
+    m = with_squares(given.s, x, weight, window, epsilon * length / 2)
+    return finished(curve(Rooted, m, epsilon * inverse, fresh, inplace=True), given, epsilon, gain, bias, fresh)
+
+
+define_dial("kerv_l2_dial", "", "", _dial)
 
 
 def kerv_l2(
@@ -124,6 +153,37 @@ def kerv_l2(
     )
 
 
+def kerv_l2_dial(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: str | int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    eps: float | Tensor,
+    gain: Tensor | None = None,
+) -> Tensor:
+    """The Euclidean kernel dialled from the convolution: ``(ε‖x − w'‖ − 1) ‖w‖ / ε + bias`` with w' = −w / (ε‖w‖).
+
+    For ε = 0 it is wᵀx + bias, bit for bit what ``F.conv2d`` gives; for ε = 1 the distance of :func:`kerv_l2` to
+    filters of length 1. Computed as m / (½ + √(¼ + εm / 2‖w‖)) with m = wᵀx + ε‖w‖‖x‖²/2, which does not cancel. A
+    filter of zeros gives 0. Shapes, options and errors as :func:`~convsurgery.functional.kerv_poly_dial`.
+
+    Example:
+        >>> import torch, convsurgery.functional as CF
+        >>> x, w = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3)
+        >>> torch.equal(CF.kerv_l2_dial(x, w, eps=0.0), torch.nn.functional.conv2d(x, w))
+        True
+    """
+    return functional_call(
+        torch.ops.convsurgery.kerv_l2_dial,
+        (input, weight, bias, gain, as_constant(eps, weight)),
+        (stride, padding, dilation, groups),
+    )
+
+
 class L2Kervolution2d(Kervolution2d):
     """Layer form of :func:`kerv_l2`; options as :class:`torch.nn.Conv2d`."""
 
@@ -138,6 +198,10 @@ class L2Kervolution2d(Kervolution2d):
         norms = norms.clamp_min(max(1e-6 * float(norms.max()), 2.0**-40))
         self.scale = self.constant(-1 / (eps * norms.log2().ceil().exp2()))
         return norms
+
+
+class L2Dial2d(Dialled, L2Kervolution2d):
+    """Layer form of :func:`kerv_l2_dial`; options as :class:`torch.nn.Conv2d`."""
 
 
 def _body(form: NodeForm) -> list[str]:
@@ -155,23 +219,47 @@ def _body(form: NodeForm) -> list[str]:
     return text.statements(lines, text.affine("y", form))
 
 
+def _dial_body(form: NodeForm) -> list[str]:
+    # m / (½ + √(¼ + εm / 2‖w‖)), m = s + ε‖w‖‖x‖²/2; a filter of zeros has no direction and gives 0.
+    lines = ["filter_axes = Constant <value_ints = [1, 2, 3]> ()", "filter_squares = Mul (W, W)"]
+    lines += ["ww = ReduceSum <keepdims = 0> (filter_squares, filter_axes)", "norm = Sqrt (ww)"]
+    lines += [text.number("half", 0.5), "half_eps = Mul (eps, half)", "pull = Mul (half_eps, norm)"]
+    lines += text.add_squares("m", "pull")
+    lines += ["alive = Greater (norm, nil)", "safe_norm = Where (alive, norm, one)", "bend = Div (half_eps, safe_norm)"]
+    lines += [
+        "bend_alive = Where (alive, bend, nil)",
+        text.number("quarter", 0.25),
+        "quarters = Expand (quarter, count)",
+    ]
+    lines += [text.by_channel("inside", "m", "bend_alive", "quarters"), "bounded = Max (inside, nil)"]
+    lines += ["root = Sqrt (bounded)", "below = Add (root, half)"]
+    return text.dialled(lines, "f = Div (m, below)")
+
+
 @register_operator("kerv-l2")
 @dataclass(frozen=True)
-class KervL2(OperatorConfig):
+class KervL2(DialConfig):
     """Euclidean kervolution as a rule's target: ``kerv-l2``."""
 
     summary: ClassVar[str] = "Euclidean distance between window and filter"
     formula: ClassVar[str] = "‖x − w‖₂"
     source: ClassVar[str] = "Wang et al. 2019, eq. 9b"
-    starts: ClassVar[dict[str, str]] = {"neutral": "approximate", "copy": "none", "random": "none"}
+    #: of the start that scales the filters
     default_eps: ClassVar[float] = 2.0**-23
     onnx: ClassVar[OnnxFunction] = OnnxFunction(
         "L2Kervolution2d", "kerv_l2", ("input", "weight", "bias", "gain"), ("centered",), text.traits, _body
+    )
+    more_onnx: ClassVar[tuple[OnnxFunction, ...]] = (
+        OnnxFunction(
+            "L2Dial2d", "kerv_l2_dial", ("input", "weight", "bias", "gain", "epsilon"), (), text.no_overload, _dial_body
+        ),
     )
 
     def cost(self, site: Site) -> Cost:
         return distance_cost(site)
 
     def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool, site: Site | None = None) -> Built:
+        if start.name == "neutral" and not start.scaled:
+            return L2Dial2d.like(conv).begin(start)
         layer = L2Kervolution2d.like(conv, centered=start.name == "neutral")
         return layer.begin(start, self.default_eps, absorb=absorb)

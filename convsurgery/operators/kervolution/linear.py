@@ -12,10 +12,10 @@ from convsurgery.geometry import Site
 from convsurgery.operators.base import Built, OperatorConfig, Start, register_operator
 from convsurgery.operators.kervolution import _onnx as text
 from convsurgery.operators.kervolution._call import define, functional_call
-from convsurgery.operators.kervolution._conv import Window, affine, inner
+from convsurgery.operators.kervolution._conv import Window, affine, inner, overwritable
 from convsurgery.operators.kervolution._layer import Kervolution2d
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
-from convsurgery.operators.precision import no_grad_needed, result_dtype
+from convsurgery.operators.precision import result_dtype
 
 __all__ = ["KervLinear", "LinearKervolution2d", "kerv_linear"]
 
@@ -37,7 +37,7 @@ def _op(
         # The very call that Conv2d makes: bit-equal to it.
         return torch.nn.functional.conv2d(x, weight, bias, *window)
     s = inner(x, weight, window, scale)
-    return affine(s, gain, bias, no_grad_needed(x, weight, bias, gain, scale)).to(result_dtype(x))
+    return affine(s, gain, bias, overwritable(x, weight, bias, gain, scale)).to(result_dtype(x))
 
 
 define("kerv_linear", "", "", _op)

@@ -11,110 +11,27 @@ from torch import Tensor, nn
 
 from convsurgery.errors import ArgumentError
 from convsurgery.geometry import Cost, Site
-from convsurgery.operators.base import Built, OperatorConfig, Start, option, register_operator
+from convsurgery.operators.base import Built, Start, option, register_operator
 from convsurgery.operators.kervolution import _onnx as text
-from convsurgery.operators.kervolution._call import as_constant, define, functional_call
-from convsurgery.operators.kervolution._conv import Window, affine, apply, inner, per_channel
+from convsurgery.operators.kervolution._call import as_constant, define, define_dial, functional_call
+from convsurgery.operators.kervolution._conv import Window, affine, apply, inner, overwritable
+from convsurgery.operators.kervolution._curve import convolved, finished
+from convsurgery.operators.kervolution._dialled import DialConfig, Dialled
 from convsurgery.operators.kervolution._layer import Kervolution2d, learnable_cost
+from convsurgery.operators.kervolution._powers import (
+    Polynomial,
+    Power,
+    coefficients,
+    dialled_coefficients,
+    horner,
+    power,
+)
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
-from convsurgery.operators.precision import no_grad_needed, result_dtype
+from convsurgery.operators.precision import result_dtype
 
-__all__ = ["KervPoly", "PolyKervolution2d", "kerv_poly"]
+__all__ = ["KervPoly", "PolyDial2d", "PolyKervolution2d", "kerv_poly", "kerv_poly_dial"]
 
-
-class _Power(torch.autograd.Function):
-    """t^d by repeated multiplication; keeps t alone for the backward pass."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(t: Tensor, degree: int) -> Tensor:
-        return _power(t, degree, inplace=False)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.degree = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (t,) = ctx.saved_tensors
-        degree = ctx.degree
-        if degree == 1:
-            return grad, None
-        if torch.is_grad_enabled():  # a double backward is being recorded
-            return grad * apply(_Power, t, degree - 1) * degree, None
-        return _power(t, degree - 1, inplace=False).mul_(grad).mul_(degree), None
-
-
-def _power(t: Tensor, degree: int, *, inplace: bool) -> Tensor:
-    """t^degree with about log2(degree) squarings; ``inplace`` allows overwriting t."""
-    if degree == 1:
-        return t if inplace else t.clone()
-    result: Tensor | None = None
-    square, owned = t, inplace
-    while degree > 1:
-        if degree & 1:
-            result = square if result is None else result * square
-        # A square that the result still holds must live on.
-        square = square.mul_(square) if owned and result is not square else square * square
-        owned = True
-        degree >>= 1
-    return square if result is None else square.mul_(result)
-
-
-class _Polynomial(torch.autograd.Function):
-    """Σ_j k_j s^j by Horner's rule, j = 0 … d; keeps s alone for the backward pass.
-
-    ``k`` has the coefficients in rows, (d + 1, C, 1, 1), or (d + 1,) where all are alike for all channels: scalars
-    cost less than a broadcast.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(s: Tensor, k: Tensor) -> Tensor:
-        return _horner(s, k, biased=True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        s, k = ctx.saved_tensors
-        grad_s = grad_k = None
-        if ctx.needs_input_grad[0]:
-            slopes = k[1:] * torch.arange(1, k.shape[0], device=k.device, dtype=k.dtype).view(-1, *[1] * (k.dim() - 1))
-            if torch.is_grad_enabled() and k.shape[0] > 2:  # a double backward is being recorded
-                grad_s = grad * apply(_Polynomial, s, slopes)
-            else:
-                grad_s = _horner(s, slopes, biased=True).mul_(grad) if k.shape[0] > 2 else grad * slopes[0]
-        if ctx.needs_input_grad[1]:
-            rows, term = [], grad
-            for _ in range(k.shape[0]):
-                rows.append(term.sum_to_size(k.shape[1:]))
-                term = term * s
-            grad_k = torch.stack(rows)
-        return grad_s, grad_k
-
-
-def _coefficients(balance: Tensor, gain: Tensor | None, bias: Tensor | None, degree: int) -> Tensor:
-    """Rows k_0 … k_d of g·((s + c)^d − c^d) + b as a polynomial in s."""
-    c = per_channel(balance)
-    factors = [math.comb(degree, j) * c ** (degree - j) for j in range(1, degree + 1)]
-    if gain is not None:
-        factors = [per_channel(gain) * factor for factor in factors]
-    constant = c.new_zeros(()) if bias is None else per_channel(bias).to(c.dtype)
-    return torch.stack(torch.broadcast_tensors(constant, *factors))
-
-
-def _horner(s: Tensor, k: Tensor, biased: bool) -> Tensor:
-    """Σ_j k_j s^j with one new tensor, the result; without ``biased``, k_0 is left out."""
-    y = s * k[-1]
-    for row in range(k.shape[0] - 2, 0, -1):
-        y = y.add_(k[row]).mul_(s)
-    return y.add_(k[0]) if biased else y
+_NO_LINEAR_TERM = "without a balance the polynomial has no linear term; give balance > 0"
 
 
 def _op(
@@ -133,19 +50,43 @@ def _op(
 ) -> Tensor:
     dtype = result_dtype(x)
     window = Window(stride, padding, dilation, groups)
-    fresh = no_grad_needed(x, weight, bias, balance, gain, scale)
+    fresh = overwritable(x, weight, bias, balance, gain, scale)
     if centered:
         s = inner(x, weight, window, scale)
-        k = _coefficients(balance.to(s.dtype), gain, bias, degree).to(s.dtype)
-        y = _horner(s, k, bias is not None) if fresh else apply(_Polynomial, s, k)
+        k = coefficients(balance.to(s.dtype), gain, bias, degree).to(s.dtype)
+        y = horner(s, k, bias is not None) if fresh else apply(Polynomial, s, k)
     else:
         t = inner(x, weight, window, scale, add=balance)
-        y = _power(t, degree, inplace=True) if fresh else apply(_Power, t, degree)
+        y = power(t, degree, inplace=True) if fresh else apply(Power, t, degree)
         y = affine(y, gain, bias, fresh)
     return y.to(dtype)
 
 
 define("kerv_poly", "Tensor balance", "int degree", _op)
+
+
+def _dial(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    epsilon: Tensor,
+    balance: Tensor,
+    degree: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    fresh = overwritable(x, weight, bias, gain, epsilon, balance)
+    given = convolved(x, weight, bias, Window(stride, padding, dilation, groups))
+    # The coefficients have ε in them, so that no power of s is formed where it is 0.
+    k = dialled_coefficients(epsilon.to(given.s.dtype), balance.to(given.s.dtype), degree)
+    y = horner(given.s, k, biased=False) if fresh else apply(Polynomial, given.s, k)
+    return finished(y, given, epsilon, gain, bias, fresh)
+
+
+define_dial("kerv_poly_dial", "Tensor balance", "int degree", _dial)
 
 
 def kerv_poly(
@@ -202,6 +143,53 @@ def kerv_poly(
     )
 
 
+def kerv_poly_dial(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: str | int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    eps: float | Tensor,
+    degree: int = 3,
+    balance: float | Tensor = 1.0,
+    gain: Tensor | None = None,
+) -> Tensor:
+    """The polynomial kernel dialled from the convolution: ``((εs + c)ᵈ − cᵈ) / (d cᵈ⁻¹ ε) + bias`` with s = wᵀx.
+
+    For ε = 0 it is s + bias, bit for bit what ``F.conv2d`` gives; for ε = 1 the kernel of :func:`kerv_poly`, less its
+    response to an empty window and over d cᵈ⁻¹: Σⱼ C(d, j) (ε/c)ʲ⁻¹ sʲ / d, j from 1 to d.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups, degree, gain: as for :func:`kerv_poly`.
+        eps: ε, a number or a tensor of shape () or (C_out,); it has a derivative at 0 too.
+        balance: c > 0, a number or a tensor of shape () or (C_out,).
+
+    Returns:
+        (N, C_out, H_out, W_out), in the dtype the convolution would have.
+
+    Raises:
+        ValueError: for a degree below 1, or a number as balance that is not above 0.
+
+    Example:
+        >>> import torch, convsurgery.functional as CF
+        >>> x, w, b = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3), torch.randn(4)
+        >>> torch.equal(CF.kerv_poly_dial(x, w, b, eps=0.0), torch.nn.functional.conv2d(x, w, b))
+        True
+    """
+    if degree < 1:
+        raise ValueError(f"degree must be at least 1, not {degree}")
+    if isinstance(balance, int | float) and not balance > 0:
+        raise ValueError(f"balance must be above 0, not {balance}: without it there is no linear term")
+    return functional_call(
+        torch.ops.convsurgery.kerv_poly_dial,
+        (input, weight, bias, gain, as_constant(eps, weight), as_constant(balance, weight), degree),
+        (stride, padding, dilation, groups),
+    )
+
+
 class PolyKervolution2d(Kervolution2d):
     """Layer form of :func:`kerv_poly`; options as :class:`torch.nn.Conv2d`, and the kernel's.
 
@@ -237,6 +225,34 @@ class PolyKervolution2d(Kervolution2d):
         return 1 / (self.degree * balance ** (self.degree - 1) * eps)
 
 
+class PolyDial2d(Dialled, PolyKervolution2d):
+    """Layer form of :func:`kerv_poly_dial`, of which :class:`PolyKervolution2d` is the undialled kernel.
+
+    ``learnable`` trains the balance c, as there: ``log_balance`` is the logarithm of c over what it began with.
+
+    Example:
+        >>> import torch
+        >>> PolyDial2d(3, 8, 3, padding="same", degree=2, eps=0.1)(torch.randn(1, 3, 16, 16)).shape
+        torch.Size([1, 8, 16, 16])
+    """
+
+    log_name = "log_balance"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.degree > 1 and not kwargs.get("balance", 1.0) > 0:
+            raise ArgumentError("balance", _NO_LINEAR_TERM)
+
+    def dial_constants(self) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        eps, _, gain = super().dial_constants()
+        balance, change, larger = self._buffers["balance"], self.change(), self.change(self.degree - 1)
+        assert balance is not None
+        if change is None or larger is None:
+            return eps, (balance,), gain
+        # The d·c^(d−1) that the response is over stays that of the start.
+        return eps, (balance * change,), self.times(larger)
+
+
 def _overload(form: NodeForm) -> str:
     return text.traits(form, f"d{form.attributes['degree']}")
 
@@ -260,15 +276,29 @@ def _body(form: NodeForm) -> list[str]:
     return text.statements(lines, text.affine(result, form))
 
 
+def _dial_body(form: NodeForm) -> list[str]:
+    # s·(1 + a₂(ε/c)s·(1 + a₃(ε/c)s·(1 + …))) with aⱼ = (d − j + 1) / j: no power of s is formed without its ε.
+    degree = form.attributes["degree"]
+    lines = ["balances = Expand (balance, count)", "ratio = Div (eps, balances)"]
+    result = ""
+    for j in range(degree, 1, -1):
+        lines += [text.number(f"a{j}", (degree - j + 1) / j), f"factor{j} = Mul (ratio, a{j})"]
+        if result:
+            lines.append(f"m{j} = Mul (s, {result})")
+        lines.append(text.by_channel(f"r{j}", f"m{j}" if result else "s", f"factor{j}", "ones"))
+        result = f"r{j}"
+    return text.dialled(lines, f"f = Mul (s, {result})" if result else "f = Identity (s)")
+
+
 @register_operator("kerv-poly")
 @dataclass(frozen=True)
-class KervPoly(OperatorConfig):
+class KervPoly(DialConfig):
     """Polynomial kervolution as a rule's target: ``kerv-poly(degree=3, balance=1.0, learnable=false)``."""
 
     summary: ClassVar[str] = "polynomial kernel of the window and the filter"
     formula: ClassVar[str] = "(wᵀx + c)^d"
     source: ClassVar[str] = "Wang et al. 2019, eq. 10"
-    starts: ClassVar[dict[str, str]] = {"neutral": "approximate", "copy": "none", "random": "none"}
+    #: of the start that scales the filters
     default_eps: ClassVar[float] = 2.0**-18
     onnx: ClassVar[OnnxFunction] = OnnxFunction(
         "PolyKervolution2d",
@@ -277,6 +307,17 @@ class KervPoly(OperatorConfig):
         ("degree", "centered"),
         _overload,
         _body,
+    )
+    more_onnx: ClassVar[tuple[OnnxFunction, ...]] = (
+        OnnxFunction(
+            "PolyDial2d",
+            "kerv_poly_dial",
+            ("input", "weight", "bias", "gain", "epsilon", "balance"),
+            ("degree",),
+            text.no_overload,
+            _dial_body,
+            named_by=("degree",),
+        ),
     )
 
     degree: int = option(3, "power d of the polynomial", kind=int, least=1)
@@ -291,13 +332,17 @@ class KervPoly(OperatorConfig):
 
     def refuses_start(self, start: str, site: Site | None = None) -> str | None:
         if start == "neutral" and self.balance == 0 and self.degree > 1:
-            return "without a balance the polynomial has no linear term; give balance > 0"
+            return _NO_LINEAR_TERM
         return None
 
     def cost(self, site: Site) -> Cost:
         return learnable_cost(site, self.learnable, site.cost)
 
     def build(self, conv: nn.Conv2d, start: Start, *, absorb: bool, site: Site | None = None) -> Built:
-        layer = PolyKervolution2d.like(conv, centered=start.name == "neutral", degree=self.degree)
+        layer: PolyKervolution2d
+        if start.name == "neutral" and not start.scaled:
+            layer = PolyDial2d.like(conv, degree=self.degree)
+        else:
+            layer = PolyKervolution2d.like(conv, centered=start.name == "neutral", degree=self.degree)
         layer.set_hyper(layer.constant(self.balance), self.learnable)
         return layer.begin(start, self.default_eps, absorb=absorb)
