@@ -7,17 +7,21 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from conftest import needs
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 import convsurgery as cs
+from convsurgery.adapt.scan import Scan, ScanRow
 from convsurgery.cli import run
+from convsurgery.errors import ExportError, StorageError
 from convsurgery.surgery.storage import CONFIG
 
 SMALL = ["resnet10t", "--num-classes", "10", "--img-size", "32"]
@@ -292,3 +296,105 @@ def test_demo_does_the_main_job(tmp_path: Path) -> None:
     written = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
     assert sorted(listed) == sorted(written)
     assert {"demo/original.onnx", "demo/first.onnx", "demo/all.onnx"} <= set(written)
+
+
+def outputs(converted: Path, place: Path) -> dict[str, tuple[list[object], Path, Path]]:
+    """A command, its output, and a file of it that would be replaced."""
+    data = ["--dataset", "digits", "--images", 8]
+    weights = converted.parent / "mine.safetensors"
+    folder, file, scan, curve = place / "folder", place / "m.onnx", place / "scan", place / "curve.svg"
+    return {
+        "convert": (["convert", *SMALL, "-r", "first-conv->kerv-poly", "-o", folder], folder, folder / CONFIG),
+        "calibrate": (
+            ["calibrate", converted, "--teacher", weights, *data, "-o", folder],
+            folder,
+            folder / "model.safetensors",
+        ),
+        "export": (["export", converted, "-o", file], file, file),
+        "scan": (
+            ["scan", converted, "--operators", "conv", "--where", "last-conv", *data, "-o", scan],
+            scan,
+            scan / "rows.jsonl",
+        ),
+        "choose": (["choose", place / "found", "-b", "params<=-1%", "--curve", curve], curve, curve),
+    }
+
+
+@pytest.mark.parametrize("command", ["convert", "calibrate", "export", "scan", "choose"])
+def test_what_is_there_is_replaced_only_when_asked(
+    command: str, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, output, part = outputs(converted, tmp_path)[command]
+    if command == "choose":
+        needs("matplotlib", "docs")
+        row = ScanRow("a", 0, "pnn", "fit", 0.1, 0.1, 0.9, 10, 10)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Scan("net", (row,), 8, 100, 100, None, "FX").save(tmp_path / "found")
+    code, _, err = cli(*arguments, capsys=capsys)
+    assert code == 0, err
+    before = part.read_bytes()
+    part.write_bytes(before + b" ")
+    code, out, err = cli(*arguments, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert "--overwrite" in err
+    assert str(output) in err
+    assert part.read_bytes() == before + b" "
+    if part.name == "rows.jsonl":
+        before = before[: before.index(b"\n")]
+    code, _, err = cli(*arguments, "--overwrite", capsys=capsys)
+    assert code == 0, err
+    assert part.read_bytes().startswith(before[:40])
+    assert part.read_bytes() != before + b" "
+
+
+@pytest.mark.parametrize("held", ["best", "last", "metrics.csv", "model.safetensors"])
+def test_a_run_is_not_written_over(held: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The fault as it was met: a fine-tuned model was replaced by a fresh one."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / held).touch()
+    arguments = ["convert", *SMALL, "-r", "first-conv->kerv-poly", "-o", tmp_path / "out"]
+    code, _, err = cli(*arguments, capsys=capsys)
+    assert code == 2
+    assert f"already holds {held}: overwrite=True (--overwrite) replaces it" in err
+    (tmp_path / "out" / held).rename(tmp_path / "out" / "notes")
+    assert cli(*arguments, capsys=capsys)[0] == 0  # what is not ours stays, and is in nobody's way
+    assert (tmp_path / "out" / "notes").exists()
+
+
+def test_demo_refuses_a_folder_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes").touch()
+    code, _, err = cli("demo", "-o", tmp_path, capsys=capsys)
+    assert code == 2
+    assert "--overwrite" in err
+
+
+def test_python_writers_refuse_when_told(converted: Path, tmp_path: Path) -> None:
+    model = cs.load(converted)
+    cs.save(model, tmp_path / "out", overwrite=False)
+    with pytest.raises(StorageError, match=r"already holds convsurgery.json, model.safetensors: overwrite=True"):
+        cs.save(model, tmp_path / "out", overwrite=False)
+    (tmp_path / "m.onnx").write_text("mine")
+    with pytest.raises(ExportError, match=r"m.onnx is there already: overwrite=True"):
+        cs.export_onnx(model, tmp_path / "m.onnx", overwrite=False)
+    assert (tmp_path / "m.onnx").read_text() == "mine"
+
+
+@pytest.mark.parametrize("operator", ["linear-mix", "pnn", "lbc", "kerv-linear"])
+def test_convert_and_then_calibrate(operator: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What begins without data is fitted by the second command; what has nothing to fit ends well too."""
+    save_file(timm.create_model("resnet10t", num_classes=10).state_dict(), tmp_path / "w.safetensors")
+    weights = ["--checkpoint", tmp_path / "w.safetensors"]
+    rule = f"conv[name=layer2.*, k=3, s=1]->{operator}"
+    assert cli("convert", *SMALL, *weights, "-r", rule, "-o", tmp_path / "a", capsys=capsys)[0] == 0
+    arguments = ["calibrate", tmp_path / "a", "--teacher", tmp_path / "w.safetensors", "--dataset", "digits"]
+    code, out, err = cli(*arguments, "--images", 32, "-o", tmp_path / "b", capsys=capsys)
+    assert code == 0, err
+    assert f"wrote {tmp_path / 'b'}" in out
+    assert "weights: checkpoint w.safetensors" in out
+    if operator == "kerv-linear":
+        assert "nothing to fit: " in out
+    else:
+        assert "least squares" in out
+        assert "images: 32 of 1,347 images, seed 0, spread over 10 classes" in out
+    assert cs.load(tmp_path / "b").layer2 is not None
