@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import re
+import threading
 import types
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import convsurgery as cs
-from convsurgery.errors import ConversionError, NoMatchError
+from convsurgery.errors import ConversionError, ModelError, NoMatchError
 from convsurgery.graph import holders, observe
 from convsurgery.surgery import apply_
 
@@ -548,3 +549,46 @@ def test_an_optimiser_made_before_goes_on(rule: str, recwarn: pytest.WarningsRec
 def test_no_optimiser_no_word(recwarn: pytest.WarningsRecorder) -> None:
     cs.convert_(seeded(Pair), "all-conv->pnn", example_inputs=X)
     assert not recwarn.list
+
+
+def _numbers() -> Any:
+    yield 1
+
+
+CARRIED = {
+    "lock": threading.Lock,
+    "rlock": threading.RLock,
+    "event": threading.Event,
+    "generator": torch.Generator,
+    "inside": lambda: {"of": [threading.Lock()]},
+}
+
+
+@pytest.mark.parametrize("what", CARRIED)
+def test_a_model_that_carries_a_lock_is_converted(what: str) -> None:
+    model = seeded(InDict).eval()
+    model.carried = CARRIED[what]()  # type: ignore[operator]
+    assert len(cs.plan(model, RULE, example_inputs=X).edits) == 2
+    new = cs.convert(model, RULE, example_inputs=X)
+    assert new.carried is not model.carried
+    assert torch.equal(new(X), cs.convert_(model, RULE, example_inputs=X)(X))
+
+
+def test_the_copy_of_a_held_lock_is_free() -> None:
+    model = seeded(Pair).eval()
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    with model.lock:  # type: ignore[attr-defined]
+        new = cs.convert(model, RULE, example_inputs=X)
+    assert new.lock.acquire(blocking=False)
+
+
+@pytest.mark.parametrize("what", ["file", "numbers"])
+def test_what_cannot_be_copied_is_named(what: str) -> None:
+    model = seeded(Pair).eval()
+    with open(__file__) as file:
+        model.carried = [file if what == "file" else _numbers()]  # type: ignore[assignment]
+        assert len(cs.plan(model, RULE, example_inputs=X).edits) == 2
+        with pytest.raises(ModelError, match=r"carried\[0\] is a .*convert in place with convert_"):
+            cs.convert(model, RULE, example_inputs=X)
+        held = model.carried  # type: ignore[attr-defined]
+        assert cs.convert_(model, RULE, example_inputs=X).carried is held

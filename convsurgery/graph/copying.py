@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
+import socket
+import threading
 import types
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,7 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["computed_attributes", "copy_model", "copy_modules"]
+from convsurgery.errors import ModelError
+from convsurgery.graph.holders import held_values
+
+__all__ = ["UNCOPIED", "computed_attributes", "copy_model", "copy_modules"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,8 +35,41 @@ def computed_attributes(model: nn.Module, replace: Callable[[Tensor], Tensor]) -
 
 
 def copy_model(model: Model) -> Model:
-    """An independent copy of ``model``, shared tensors shared in it too."""
-    return copy.deepcopy(model, computed_attributes(model, Tensor.clone))
+    """An independent copy of ``model``, shared tensors shared in it too; locks are new ones, which nobody holds.
+
+    Raises:
+        ModelError: for one that holds what cannot be copied, such as an open file; it names the attribute.
+    """
+    try:
+        return copy.deepcopy(model, computed_attributes(model, Tensor.clone))
+    except TypeError:
+        memo = computed_attributes(model, Tensor.clone)
+        for place in held_values(model, UNCOPIED):
+            value = place.get()
+            fresh = _FRESH.get(type(value))
+            if fresh is None:
+                raise ModelError(
+                    f"{place.text} is a {type(value).__name__}, which cannot be copied: take it out of the model, or "
+                    "convert in place with convert_"
+                ) from None
+            memo[id(value)] = fresh(value)
+        return copy.deepcopy(model, memo)
+
+
+def _generator(value: torch.Generator) -> torch.Generator:
+    made = torch.Generator(value.device)
+    made.set_state(value.get_state())
+    return made
+
+
+_LOCK, _RLOCK = type(threading.Lock()), type(threading.RLock())
+_FRESH: dict[type, Callable[[Any], Any]] = {
+    _LOCK: lambda _: threading.Lock(),
+    _RLOCK: lambda _: threading.RLock(),
+    torch.Generator: _generator,
+}
+#: what ``copy.deepcopy`` refuses
+UNCOPIED = (*_FRESH, io.IOBase, types.GeneratorType, types.CoroutineType, socket.socket, types.FrameType)
 
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, types.FunctionType)

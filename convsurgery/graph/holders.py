@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Place", "holders"]
+__all__ = ["Place", "held_values", "holders"]
 
 #: what every module has, looked after by torch itself: children, parameters, hooks
 _TABLES = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
@@ -41,6 +41,7 @@ class Place:
 class _Scan:
     registered: set[int]
     found: dict[int, list[Place]] = field(default_factory=dict)
+    kinds: tuple[type, ...] = (nn.Module,)
     seen: set[int] = field(default_factory=set)
     left: int = _MOST
 
@@ -49,10 +50,10 @@ class _Scan:
         if isinstance(item, _ATOMS) or self.left <= 0 or depth > _DEPTH:
             return
         self.left -= 1
-        if isinstance(item, nn.Module):
+        if isinstance(item, self.kinds):
             self.found.setdefault(id(item), []).append(place)
-            if id(item) in self.registered:
-                return
+        if id(item) in self.registered:
+            return
         if id(item) in self.seen:
             return
         self.seen.add(id(item))
@@ -66,8 +67,16 @@ def holders(model: nn.Module) -> dict[int, list[Place]]:
     Attributes of modules are followed, and in them lists, tuples, dictionaries, sets, deques, objects with attributes,
     modules that nothing registers, partial functions, bound methods and closures.
     """
-    registered = {id(module) for module in model.modules()}
-    scan = _Scan(registered)
+    return _scanned(model, (nn.Module,))
+
+
+def held_values(model: nn.Module, kinds: tuple[type, ...]) -> list[Place]:
+    """One place for every object of ``kinds`` that attributes of ``model`` hold, followed as :func:`holders` does."""
+    return [places[0] for places in _scanned(model, kinds).values()]
+
+
+def _scanned(model: nn.Module, kinds: tuple[type, ...]) -> dict[int, list[Place]]:
+    scan = _Scan({id(module) for module in model.modules()}, kinds=kinds)
     for name, module in model.named_modules():
         label = f"{name}." if name else ""
         for key in list(vars(module)):

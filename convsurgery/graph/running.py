@@ -32,9 +32,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from convsurgery.errors import ModelError
 from convsurgery.geometry import OtherConv
 from convsurgery.graph.alone import quietly
-from convsurgery.graph.copying import computed_attributes, copy_model, copy_modules
+from convsurgery.graph.copying import UNCOPIED, computed_attributes, copy_model, copy_modules
 from convsurgery.graph.executed import Executed
-from convsurgery.graph.holders import holders
+from convsurgery.graph.holders import held_values, holders
 from convsurgery.graph.probes import Probes
 from convsurgery.graph.watching import Call, ReadsOutside, Watch, hooked, is_scripted_conv
 
@@ -143,9 +143,22 @@ def skeleton_of(model: nn.Module, replace: Callable[[Tensor], Tensor], memo: dic
         if not is_lazy(tensor):
             memo[id(tensor)] = replace(tensor)
     try:
-        return copy_modules(model, memo).eval()
+        return _copied(model, memo).eval()
     except Exception as error:
         raise ModelError(f"the model cannot be copied, so it cannot be planned: {error}") from error
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    known = dict(memo)
+    try:
+        return copy_modules(model, memo)
+    except TypeError:
+        # A lock or an open file: the copy runs once and is thrown away, so it may have the model's own.
+        memo.clear()
+        memo.update(known)
+        for place in held_values(model, UNCOPIED):
+            memo[id(place.get())] = place.get()
+        return copy_modules(model, memo)
 
 
 def fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
