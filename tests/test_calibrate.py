@@ -294,7 +294,9 @@ def test_convert_in_place_and_calibrate_give_the_same_bits() -> None:
 @pytest.fixture
 def timm_model() -> nn.Module:
     torch.manual_seed(0)
-    return cs.create_model("resnet10t", num_classes=5, img_size=32).eval()
+    model = cs.create_model("resnet10t", num_classes=5, img_size=32).eval()
+    nn.init.normal_(model.fc.bias)  # of weights as they were initialised there would be another warning
+    return model
 
 
 def test_every_form_of_data_gives_the_same() -> None:
@@ -588,13 +590,9 @@ def test_teacher_that_calls_its_convolution_more_often() -> None:
 def test_nothing_to_fit(rule: str) -> None:
     model = net()
     new = cs.convert(model, rule, example_inputs=images(2))
-    before = state(new)
-    found = cs.calibrate(new, images(4), teacher=model)
-    assert len(found) == 0
-    assert str(found).startswith("nothing to fit: ")
-    assert_same(state(new), before)
-    with pytest.raises(ConversionError, match="the model was not converted: there is nothing to fit"):
-        cs.calibrate(model, images(4), teacher=model)
+    for other in (new, model):
+        with pytest.raises(ConversionError, match="no operator of this model starts by neutral, fit, copy or blend"):
+            cs.calibrate(other, images(4), teacher=model)
     same = cs.convert(model, rule, example_inputs=images(2), calibration=images(4))
     assert_same(state(same), state(new))
 

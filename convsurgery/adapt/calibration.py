@@ -15,7 +15,7 @@ from convsurgery.surgery import Entry, record
 from convsurgery.surgery.record import set_record
 from convsurgery.surgery.table import render
 
-__all__ = ["Calibration", "fits_of", "run_fits"]
+__all__ = ["Calibration", "fits_of", "fits_of_model", "run_fits"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +62,6 @@ class Calibration(Mapping[str, float]):
             table.add_row(layer.name or "(the model itself)", layer.operator, method, *errors, layer.note)
         told = [f"images: {self.data}"] * bool(self.data) + [f"weights: {self.weights}"] * bool(self.weights)
         told += self.notes
-        if not self.layers:
-            return render("nothing to fit: the layers compute what they did, or begin by weights to be trained", *told)
         return render(f"relative error at the output of {len(self.layers)} layers", table, *told)
 
 
@@ -98,6 +96,12 @@ def fits_of(edits: Sequence[Entry], *, late: bool = False) -> dict[str, Fit]:
             branch = (block.members[0], block.members[-1])
             fits[block_child(block, fits)] = Fit(config.name, method, ridge, branch=branch)
     return fits
+
+
+def fits_of_model(model: nn.Module) -> dict[str, Fit]:
+    """What a converted model holds to fit now that there are images; empty for one that was not converted."""
+    done = record(model)
+    return fits_of(done.edits if done else (), late=True)
 
 
 def block_child(block: Block, taken: Mapping[str, Fit]) -> str:

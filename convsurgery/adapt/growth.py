@@ -15,14 +15,14 @@ from convsurgery.adapt.running import eval_mode
 from convsurgery.surgery import Entry, Plan
 from convsurgery.surgery.apply import build_layer
 
-__all__ = ["growth_notes"]
+__all__ = ["IMAGES", "growth_notes"]
 
 #: output scale in multiples of the convolution's from which on it is told
 _FACTOR = 10.0
 #: error relative to the convolution's output from which on a start that was to be near it is told of
 _NEAR = 0.1
 #: size of the random images where there are no data, and images looked at where there are
-_SIDE, _IMAGES = 12, 8
+_SIDE, IMAGES = 12, 8
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _seen(model: nn.Module, names: list[str], images: Iterable[Tensor]) -> dict[
     handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
     try:
         with eval_mode(model), torch.no_grad():
-            model(next(iter(images))[:_IMAGES].clone())
+            model(next(iter(images))[:IMAGES].clone())
     finally:
         for handle in handles:
             handle.remove()

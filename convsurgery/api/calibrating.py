@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from convsurgery.adapt.calibration import Calibration, fits_of, run_fits
+from convsurgery.adapt.calibration import Calibration, fits_of_model, run_fits
 from convsurgery.adapt.evaluation import evaluate_labelled
 from convsurgery.adapt.fitting import FitOptions, LayerFit
 from convsurgery.adapt.footing import warn_of_random
 from convsurgery.adapt.images import calibration_images
 from convsurgery.errors import ConversionError
-from convsurgery.surgery import record, weights_of
+from convsurgery.surgery import weights_of
 
 __all__ = ["calibrate"]
 
@@ -59,26 +59,24 @@ def calibrate(
 
     Returns:
         A mapping from names to the relative error left at each layer, √(mean square over variance), channels averaged;
-        prints as a table with the errors before, what was found, and which images it was found on. It is empty where
-        nothing has to be fitted. Where the data hold labels, it says when the answers are no better than always the
-        most frequent class.
+        prints as a table with the errors before, what was found, and which images it was found on. Where the data hold
+        labels, it says when the answers are no better than always the most frequent class.
 
     Raises:
-        ConversionError: when the model was not converted, or the teacher is another model.
+        ConversionError: when the model holds nothing to fit, or the teacher is another model.
         DataError: for data that is empty, of the wrong size or type, or not finite. Warns when images look
             un-normalised, and when the teacher's weights are random.
     """
-    done = record(model)
-    if done is None or not done.edits:
+    fits = fits_of_model(model)
+    if not fits:
         raise ConversionError(
-            "the model was not converted: there is nothing to fit. Convert it first: convsurgery.convert"
+            "no operator of this model starts by neutral, fit, copy or blend, or otherwise for want of data: there is "
+            "nothing to fit"
         )
     source = calibration_images(data, model, images=images, seed=seed)
     options = FitOptions(target, batchnorm, steps)
     warn_of_random(teacher=teacher)
-    fits, weights = fits_of(done.edits, late=True), str(weights_of(teacher))
-    if not fits:
-        return Calibration((), weights=weights)
     found = run_fits(model, teacher, fits, source, options, progress=progress, on_layer=on_layer)
     result = evaluate_labelled(model, source)
-    return dataclasses.replace(found, data=str(source), weights=weights, notes=result.notes if result else ())
+    notes = result.notes if result else ()
+    return dataclasses.replace(found, data=str(source), weights=str(weights_of(teacher)), notes=notes)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from convsurgery import zoo
-from convsurgery.adapt.growth import growth_notes
+from convsurgery.adapt.growth import IMAGES, growth_notes
 from convsurgery.adapt.images import calibration_images
 from convsurgery.errors import ModelError
 from convsurgery.graph import Observation, Template, observe
@@ -61,7 +61,7 @@ def plan(
     built = zoo.create_model(model, device="meta") if isinstance(model, str) else model
     view = look(built, example_inputs)
     made = view.plan(as_rules(rule), start, data=calibration is not None)
-    images = None if calibration is None else calibration_images(calibration, built)
+    images = None if calibration is None else calibration_images(calibration, built, images=IMAGES)
     notes = growth_notes(built, made, images)
     return dataclasses.replace(made, notes=(*made.notes, *notes)) if notes else made
 

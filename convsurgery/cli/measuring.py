@@ -65,15 +65,23 @@ def calibrate(
 ) -> None:
     """Fit a converted model to its original, without training."""
     import convsurgery as cs
+    from convsurgery.adapt.calibration import fits_of_model
     from convsurgery.cli.options import original
+    from convsurgery.surgery import weights_of
 
     free_output("calibrate", output, overwrite)
     model = cs.load(folder)
     guide, text = original(teacher, model)
     typer.echo(text)
+    data = _needed(model, dataset, data_dir)
+    if cs.record(model) is not None and not fits_of_model(model):
+        # Of a chain of commands this one has done its part.
+        typer.echo("nothing to fit: the layers compute what they did, or begin by weights that are to be trained")
+        typer.echo(f"weights: {weights_of(guide)}\nwrote {cs.save(model, output, overwrite=overwrite)}")
+        return
     done = cs.calibrate(
         model,
-        _needed(model, dataset, data_dir),
+        data,
         teacher=guide,
         images=images,
         seed=seed,

@@ -59,7 +59,7 @@ class ConvertStep:
 
 @dataclass(frozen=True)
 class CalibrateStep:
-    images: int = _key("training images that closed-form fits see", 256)
+    images: int = _key("training images that closed-form fits see, drawn evenly from all classes", 256)
 
 
 @dataclass(frozen=True)
