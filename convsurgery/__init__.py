@@ -4,12 +4,13 @@
 >>> model = timm.create_model("resnet18")
 >>> new = cs.convert(model, "first-conv->kerv-poly")
 >>> type(new.conv1).__name__
-'PolyKervolution2d'
+'PolyDial2d'
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -154,3 +155,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+if "torch" in sys.modules:
+    # Files of torch.export and TorchScript name the operators' torch ops and do not load where nobody registered them.
+    importlib.import_module(f"{__name__}.functional")

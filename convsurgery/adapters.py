@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convsurgery.errors import ConvSurgeryError, ModelError
+from convsurgery.folding import refuse_folding
 from convsurgery.geometry import ConvGeometry, Pair, pair
 
 __all__ = ["Adapter", "adapter_for", "pad_same", "register_adapter"]
@@ -180,6 +181,8 @@ class _Weighted(_Adapted):
         assert self._adapter.weight is not None
         # Module's own look-up, not the dictionary: FX replaces it to follow parameters.
         stored = super().__getattr__("weight")
+        if self._operator is not nn.Conv2d and not torch.compiler.is_compiling():
+            refuse_folding(type(self).__name__)
         if isinstance(stored, torch.fx.Proxy):
             raise ModelError(f"FX must keep a {type(self).__name__} whole: it would mistake its weights")
         return self._adapter.weight(stored, *(getattr(self, name) for name in self._extras))

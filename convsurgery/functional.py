@@ -1,4 +1,9 @@
-"""The functional forms of all operators, in the manner of ``torch.nn.functional``."""
+"""The functional forms of all operators, in the manner of ``torch.nn.functional``.
+
+Importing this module registers every torch op of the project. That is what a process needs that loads a ``.pt2`` or
+TorchScript file of a converted model: ``import convsurgery.functional``, or ``import convsurgery`` behind ``import
+torch``.
+"""
 
 from convsurgery.operators.diffusion import reaction_diffusion
 from convsurgery.operators.kervolution import (

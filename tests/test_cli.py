@@ -78,7 +78,7 @@ def test_plan_at_another_size(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_convert_writes_a_folder_that_loads(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = cs.load(converted)
-    assert type(model.conv1[0]).__name__ == "PolyKervolution2d"
+    assert type(model.conv1[0]).__name__ == "PolyDial2d"
     code, out, _ = cli("plan", converted, "-r", "last-conv->kerv-gauss", capsys=capsys)
     assert code == 0
     assert "at 3x32x32" in out

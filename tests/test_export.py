@@ -188,7 +188,7 @@ def test_body_that_does_not_parse_names_the_operator(tmp_path: Path, monkeypatch
     (dial,) = KervPoly.more_onnx
     monkeypatch.setattr(KervPoly, "more_onnx", (replace(dial, body=lambda form: ["nonsense"]),))
     model = cs.create_model("resnet10t", img_size=32)
-    for start, told in (("copy", r"PolyKervolution2d \(d3_gain_bias\)"), ("neutral", "PolyDial2d_degree3")):
+    for start, told in (("copy", r"PolyKervolution2d \(d3_bias\)"), ("neutral", "PolyDial2d_degree3")):
         with pytest.raises(ExportError, match=f"the body of {told} does not parse"):
             cs.export_onnx(cs.convert(model, f"first-conv->kerv-poly by {start}"), tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from convsurgery.folding import refuse_folding
+
 __all__ = ["Blend"]
 
 
@@ -64,6 +66,8 @@ class Blend(nn.Module):
         return out
 
     def __getattr__(self, name: str) -> Any:
+        if name == "weight" and not torch.compiler.is_compiling():
+            refuse_folding(type(self).__name__)
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from convsurgery.errors import ExportError
+from convsurgery.folding import refuse_folding
 from convsurgery.geometry import ConvGeometry, Pair, pair
 from convsurgery.operators.base import Fitter
 
@@ -24,7 +28,48 @@ class OperatorLayer(nn.Module):
     dilation: Pair
     padding: str | Pair
     padding_mode: str
-    geometry: ConvGeometry
+    #: as :class:`torch.nn.Conv2d` has them; tools that prune or count ask for both
+    transposed = False
+    output_padding: Pair = (0, 0)
+
+    __jit_unused_properties__: ClassVar[list[str]] = ["weight", "geometry"]
+
+    @property
+    def weight(self) -> Any:
+        """The filters, a Parameter. Code that would fold something into them as into a convolution's is refused."""
+        own = self.__dict__
+        # What old-style weight norm or pruning computes stands in the dictionary.
+        found = own["weight"] if "weight" in own else super().__getattr__("weight")
+        if not torch.compiler.is_compiling():
+            refuse_folding(type(self).__name__)
+        return found
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self.__dict__["weight"] = value
+
+    @weight.deleter
+    def weight(self) -> None:
+        try:
+            del self.__dict__["weight"]
+        except KeyError:
+            raise AttributeError("weight") from None
+
+    @property
+    def geometry(self) -> ConvGeometry:
+        """The geometry of the convolution; its channels are what they are now, also when somebody has pruned them."""
+        made = self._geometry
+        if (made.in_channels, made.out_channels, made.groups) != (self.in_channels, self.out_channels, self.groups):
+            made = dataclasses.replace(
+                made, in_channels=self.in_channels, out_channels=self.out_channels, groups=self.groups
+            )
+        return made
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ExportError(
+            f"TorchScript's compiler cannot read a {type(self).__name__}: record it by torch.jit.trace(model, inputs), "
+            "or take torch.export.export or convsurgery.export_onnx"
+        )
 
     def take_options(
         self,
@@ -60,7 +105,7 @@ class OperatorLayer(nn.Module):
         self.kernel_size, self.stride, self.dilation = pair(kernel_size), pair(stride), pair(dilation)
         self.padding = padding if isinstance(padding, str) else pair(padding)
         self.padding_mode = padding_mode
-        self.geometry = ConvGeometry.of(template)
+        self._geometry = ConvGeometry.of(template)
         return tuple(template.weight.shape)
 
     def fold(self) -> Self:

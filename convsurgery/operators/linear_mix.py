@@ -148,7 +148,6 @@ class LinearMix2d(OperatorLayer):
         144
     """
 
-    weight: Tensor
     mix: Tensor
     bias: Tensor | None
 

@@ -18,7 +18,6 @@ __all__ = ["MixFit", "MixLayer"]
 class MixLayer(OperatorLayer):
     """A layer whose output is ``weight`` (C_out, K, 1, 1) times features of its input, by groups, plus ``bias``."""
 
-    weight: Tensor
     bias: Tensor | None
     groups: int
 

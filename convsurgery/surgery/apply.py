@@ -20,6 +20,7 @@ from convsurgery.graph import Place, aliases, copy_model, holders, own_attribute
 from convsurgery.operators import Blend, Built, OperatorConfig, Start
 from convsurgery.surgery.absorb import absorb, can_absorb
 from convsurgery.surgery.check import Placed, carry_attributes, check_calls
+from convsurgery.surgery.owners import guard_folds, guard_saving
 from convsurgery.surgery.plan import Entry, Plan
 from convsurgery.surgery.record import add_to_record, record, restore_record
 from convsurgery.surgery.rewrite import chain_edit, owner_edits, rewritten
@@ -117,6 +118,8 @@ def apply_(
         placed += [Placed(module, f"{edit.owner}.{name}", 1) for edit in owners for name, module in edit.gained.items()]
         old = {name: modules[name] for entry in plan.edits for name in _taken(entry) if name in modules}
         check_calls(root, plan, placed, old, example_inputs, quiet=quiet)
+        guard_folds(root, undo)
+        guard_saving(root, undo)
         undo.append(lambda: restore_record(model, before))
         add_to_record(root, plan, norms, before=model)
         if then is not None:

@@ -7,6 +7,7 @@ from convsurgery.geometry import Block, Cost, Site
 from convsurgery.graph import Candidate, Observation, Template, find_blocks
 from convsurgery.operators import Blend, OperatorConfig, Start, bind, list_operators, operator
 from convsurgery.rules import BY, AutoTarget, PatternSelector, Rule, Rules, Selector, Target, failed_tests
+from convsurgery.surgery.owners import fold_notes
 from convsurgery.surgery.plan import Entry, Plan
 
 __all__ = ["make_plan"]
@@ -63,7 +64,8 @@ class _Decision:
         if not self.entries:
             raise self._no_match()
         entries = tuple(self.entries.get(site.name) or _untaken(site) for site in self.seen.sites)
-        seen, notes = self.seen, (*self.notes, *_untied(entries), *_fallen_away(entries))
+        seen = self.seen
+        notes = (*self.notes, *_untied(entries), *_fallen_away(entries), *_folds(seen, entries))
         return Plan(model, str(self.rules), seen.seen, seen.input_shapes, entries, total_params, notes, seen.others)
 
     def _take_sites(self, number: int, rule: Rule) -> None:
@@ -205,6 +207,11 @@ def _fallen_away(entries: tuple[Entry, ...]) -> list[str]:
         if entry.config is not None and entry.block is None and (note := entry.config.note(entry.site)):
             said[note] = said.get(note, 0) + 1
     return [f"{note} (at {count} site{'s' * (count > 1)})" for note, count in said.items()]
+
+
+def _folds(seen: Observation, entries: tuple[Entry, ...]) -> list[str]:
+    modules = {} if seen.run is None else dict(seen.run.skeleton.named_modules(remove_duplicate=False))
+    return fold_notes(entries, modules)
 
 
 def _untaken(site: Site) -> Entry:

@@ -51,7 +51,6 @@ class ReactionDiffusion2d(OperatorLayer):
         torch.Size([2, 8, 12, 10])
     """
 
-    weight: Tensor
     step: Tensor | None
 
     def __init__(

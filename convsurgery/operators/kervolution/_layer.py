@@ -60,7 +60,6 @@ class Kervolution2d(OperatorLayer):
     #: whether :meth:`fold` has made it
     folded = False
 
-    weight: Tensor
     bias: Tensor | None
     scale: Tensor | None
     gain: Tensor | None

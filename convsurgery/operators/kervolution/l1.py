@@ -19,7 +19,7 @@ from convsurgery.operators.kervolution._fitting import AffineFit, ScaleFit
 from convsurgery.operators.kervolution._layer import Kervolution2d, power_of_two
 from convsurgery.operators.library import LIBRARY, batch_optional
 from convsurgery.operators.onnx import NodeForm, OnnxFunction
-from convsurgery.operators.precision import result_dtype, widened
+from convsurgery.operators.precision import result_dtype, transformed, widened
 
 __all__ = ["KervL1", "L1Kervolution2d", "kerv_l1"]
 
@@ -120,6 +120,17 @@ def _distance_backward(
     return inside.clone(memory_format=torch.contiguous_format), grad_w
 
 
+def _plain_distance(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
+    """The same made of torch's own operations, which ``torch.func`` and forward mode follow; more memory and time."""
+    size = _output_size(x, w, stride, padding, dilation)
+    whole = (slice(None), slice(0, size[0]))
+    out = []
+    for _, part, filters in _groups(_pad(x, padding), w, groups):
+        taps = _taps(part, filters, size, stride, dilation, whole)
+        out.append(sum((tap.unsqueeze(1) - filters[:, c, i, j].view(-1, 1, 1)).abs() for (c, i, j), tap in taps))
+    return torch.cat(out, 1)  # type: ignore[arg-type]
+
+
 _WINDOW = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 LIBRARY.define(f"l1_distance(Tensor input, Tensor weight, {_WINDOW}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.define(
@@ -185,7 +196,8 @@ def _op(
     w = widened(weight)
     if scale is not None:
         w = w * (scale if scale.dim() == 0 else scale.view(-1, 1, 1, 1))
-    y = torch.ops.convsurgery.l1_distance(widened(x), w, stride, padding, dilation, groups)
+    distance = _plain_distance if transformed() else torch.ops.convsurgery.l1_distance
+    y = distance(widened(x), w, stride, padding, dilation, groups)
     if centered:
         y = y - w.abs().sum((1, 2, 3)).view(-1, 1, 1)
     return affine(y, gain, bias, fresh).to(result_dtype(x))

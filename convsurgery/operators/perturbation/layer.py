@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -151,6 +152,8 @@ class Perturbation2d(MixLayer):
         return out
 
     def _outputs(self, input: Tensor) -> Pair:
+        if isinstance(input, torch.fx.Proxy):
+            raise ModelError("FX must keep a Perturbation2d whole: it cannot follow the sizes that its masks need")
         height, width = self.geometry.output_size(*input.shape[-2:])
         if height < 1 or width < 1:
             raise ModelError(

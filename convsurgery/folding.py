@@ -1,0 +1,61 @@
+"""Other people's code that takes an operator's filters for a convolution's: conv-bn folding, reparameterisation."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from types import CodeType
+
+from convsurgery.errors import ConversionError
+
+__all__ = ["refuse_folding"]
+
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+#: functions that read a convolution's filters to fold something into them
+_FOLDS = re.compile(
+    r"fuse(?!d)|fusion|repara|to_deploy|deploy_model"
+    r"|(?:fold|merge|absorb|squash|bake)_?(?:in_?)?(?:bn|batch_?norm|conv|norm|branch)"
+    r"|(?:bn|batch_?norm|conv|norm|branch)\w*_(?:fold|merge|absorb|squash|bake)",
+    re.IGNORECASE,
+)
+#: how far from the reader the function may be that folds
+_DEPTH = 3
+
+
+@functools.lru_cache(maxsize=4096)
+def _folds(code: CodeType) -> bool:
+    return _FOLDS.search(code.co_name) is not None
+
+
+@functools.lru_cache(maxsize=4096)
+def _ours(code: CodeType) -> bool:
+    return code.co_filename.startswith(_HERE)
+
+
+def refuse_folding(kind: str) -> None:
+    """Raise where the function that reads the filters of a layer of class ``kind`` is one that folds convolutions.
+
+    ``weight`` of an operator is what its convolution's was, but what it computes is another function of it: a
+    BatchNorm's gain, another branch or an identity cannot be added to it. Code that does so has no other way to know.
+    Told by the names of the nearest functions outside this package.
+
+    Raises:
+        ConversionError: with what to do instead.
+    """
+    frame = sys._getframe(2)
+    for _ in range(_DEPTH):
+        code = frame.f_code
+        if _ours(code):
+            return
+        if _folds(code):
+            where = f"{os.path.basename(os.path.dirname(code.co_filename))}/{os.path.basename(code.co_filename)}"
+            raise ConversionError(
+                f"{code.co_name} ({where}) folds the filters of a convolution, and this layer is a {kind}: the same "
+                "arithmetic on its filters gives another function. Fold or reparameterise the model first and convert "
+                "it then, or fold a converted model by convsurgery.fuse"
+            )
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
