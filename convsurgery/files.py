@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from convsurgery.errors import StorageError
+from convsurgery.errors import ConvSurgeryError, StorageError
 from convsurgery.plain import control_characters, parse_json
 
 __all__ = [
     "RUNNING",
     "alone",
+    "input_path",
     "is_folder_with",
     "locked",
     "member",
@@ -100,6 +101,23 @@ def _no_wait(path: str, flags: int) -> int:
 def read_json(path: Path, limit: int = MAX_JSON) -> Any:
     """Plain data from a JSON file, read as :func:`convsurgery.plain.parse_json` reads; errors as there."""
     return parse_json(read_text(path, limit), str(path))
+
+
+def input_path(path: str | os.PathLike[str], kind: type[ConvSurgeryError] = StorageError) -> Path:
+    """A path the user named to be read, ``~`` written out; whether something is there is another question.
+
+    Raises:
+        kind: for what no path of this system can be: empty, too long, with a NUL in it, or no text at all.
+    """
+    try:
+        if not os.fspath(path):
+            raise kind("no path given")
+        made = Path(path).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            made.stat()
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise kind(f"{_shown(path)} is no path that can be read: {_text(error)}") from error
+    return made
 
 
 def output_file(path: str | os.PathLike[str]) -> Path:
@@ -375,7 +393,10 @@ def _exchange(one: Path, two: Path) -> bool:
 
 
 def _shown(path: str | os.PathLike[str]) -> str:
-    text = os.fspath(path)
+    try:
+        text = os.fspath(path)
+    except TypeError:
+        return f"a value of type {type(path).__name__}"
     return repr(text[:80] + "...") if len(text) > 120 or control_characters(text) else text
 
 

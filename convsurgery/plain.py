@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from convsurgery.errors import StorageError
 
-__all__ = ["control_characters", "from_plain", "parse_json"]
+__all__ = ["control_characters", "declared", "from_plain", "parse_json"]
 
 T = TypeVar("T")
 
@@ -27,6 +27,37 @@ _LARGEST = 1 << 62
 def control_characters(text: str) -> bool:
     """Whether a text holds what would move a terminal's cursor or turn its writing, tabs and line breaks apart."""
     return _CONTROL.search(text) is not None
+
+
+def declared(model: Any) -> dict[str, Any]:
+    """What a model says of itself as timm's ``pretrained_cfg``; empty where it says nothing, or nothing of that form.
+
+    A stranger's model may carry anything under that name, or a property that raises. A size that no image has is left
+    out.
+    """
+    try:
+        found = model.pretrained_cfg
+        entries = {key: value for key, value in dict(found).items() if isinstance(key, str)} if found else {}
+    except Exception:  # an attribute that is none of ours to judge
+        return {}
+    size = entries.get("input_size")
+    if size is not None and not _is_size(size):
+        del entries["input_size"]
+    if not isinstance(entries.get("architecture", ""), str):
+        del entries["architecture"]
+    return entries
+
+
+#: pixels of the largest image that is made up for a model
+_PIXELS = 1 << 26
+
+
+def _is_size(size: Any) -> bool:
+    if not isinstance(size, list | tuple) or len(size) != 3:
+        return False
+    if not all(isinstance(number, int) and 0 < number < 1 << 20 for number in size):
+        return False
+    return math.prod(size) <= 3 * _PIXELS
 
 
 def parse_json(text: str, what: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -11,8 +12,10 @@ from torch import Tensor, fx, nn
 
 import convsurgery as cs
 
-# One thread: on a machine with other work, threads that wait for each other make small models many times slower.
+# One thread: on a machine with other work, threads that wait for each other make small models many times slower. Also
+# in the processes that tests start.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def needs(module: str, extra: str) -> None:

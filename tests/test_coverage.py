@@ -17,17 +17,34 @@ from convsurgery.errors import ArgumentError, ModelError, StorageError
 
 SMALL = "resnet10t"
 
+#: of the hard ones, those of which each is hard in another way and small; ``convsurgery coverage --sample`` takes all
+QUICK = [
+    "nf_regnet_b0",
+    "tf_mobilenetv3_small_minimal_100",
+    "edgenext_xx_small",
+    "levit_128s",
+    "ghostnet_050",
+    "mobileone_s0",
+    "mobilenetv4_conv_small_035",
+    "starnet_s1",
+    "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn",
+    "torchvision/raft_small",
+    "torchvision/quantized_shufflenet_v2_x0_5",
+    "torchvision/r3d_18",
+]
+
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    """All hard architectures, by the command."""
+    """Some hard architectures, by the command."""
     output = tmp_path_factory.mktemp("sweep") / "rows.jsonl"
-    assert run(["coverage", "--sample", "--output", str(output)]) == 0
+    assert run(["coverage", *QUICK, "--output", str(output)]) == 0
     return read_rows(output)
 
 
 def test_hard_architectures_are_listed_and_stay_what_they_are(sample: list[Row]) -> None:
-    assert {row.name for row in sample} == set(HARD)
+    assert {row.name for row in sample} == set(QUICK)
+    assert set(QUICK) < set(HARD)
     assert len(HARD) >= 60
     for row in sample:
         assert row.exceptions == [], row.name
@@ -150,7 +167,7 @@ def test_the_table_replaces_what_stands_between_its_marks(tmp_path: Path, sample
     assert text.startswith(f"before\n\n{BEGIN}\n\nMeasured with convsurgery")
     assert text.endswith(f"{END}\n\nbehind\n")
     assert "old" not in text
-    assert "| torchvision/detection | 7 |" in text
+    assert "| torchvision/detection | 1 |" in text
     assert "Rows that need an explanation: none." in text
     write_table(sample, page)
     assert page.read_text() == text

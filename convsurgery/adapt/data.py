@@ -17,6 +17,8 @@ from convsurgery import zoo
 from convsurgery.adapt.formats import ImagesOnly
 from convsurgery.adapt.spread import in_memory
 from convsurgery.errors import DataError, nearest
+from convsurgery.files import input_path
+from convsurgery.plain import declared
 
 __all__ = ["DataSplit", "InputSpec", "image_transform", "input_spec", "list_datasets", "load_data"]
 
@@ -107,7 +109,7 @@ def input_spec(model: nn.Module | None = None, **overrides: Any) -> InputSpec:
     given = {name: value for name, value in overrides.items() if value is not None}
     img_size = given.pop("img_size", None)
     values: dict[str, Any] = {}
-    if getattr(model, "pretrained_cfg", None):
+    if declared(model):
         values = resolve_model_data_config(model)
     channels, height, width = InputSpec.input_size if model is None else zoo.input_size(model)
     if img_size is not None:
@@ -360,7 +362,7 @@ def _folder(
     folder = Path(root or "", text).expanduser()
     if not (text or root):
         raise DataError(f"no data given: a folder with train/ and val/, or a name; known: {', '.join(list_datasets())}")
-    if not folder.is_dir():
+    if not input_path(folder, DataError).is_dir():
         hint = nearest(text, list_datasets())
         raise DataError(f"no data set {text!r}: there is no folder {folder}; {hint}")
     found = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())

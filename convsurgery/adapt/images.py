@@ -19,6 +19,7 @@ from convsurgery.adapt.holdout import sources_of
 from convsurgery.adapt.running import device_of
 from convsurgery.adapt.spread import Spread, classes_of, files_of, map_style, spread
 from convsurgery.errors import DataError, SettingsError, warn
+from convsurgery.plain import declared
 
 __all__ = ["Images", "calibration_images", "check_number", "dataset_behind", "part_of"]
 
@@ -51,7 +52,7 @@ class Images:
         first = next((p for p in model.parameters() if p.is_floating_point()), None)
         self.dtype = torch.float32 if first is None else first.dtype
         self.device = device_of(model)
-        self.spec = input_spec(model) if getattr(model, "pretrained_cfg", None) else None
+        self.spec = input_spec(model) if declared(model) else None
         self.warned = False
         self.seen = 0
 

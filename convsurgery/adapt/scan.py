@@ -33,6 +33,7 @@ from convsurgery.files import alone
 from convsurgery.geometry import Site
 from convsurgery.graph import Observation, observe
 from convsurgery.operators import OperatorConfig, Start, bind
+from convsurgery.plain import declared
 from convsurgery.rules import PredicateSelector, Rule, Rules, Selector, as_target, parse_selector, parse_target
 from convsurgery.surgery import Entry, make_plan, unwrap, weights_of
 
@@ -304,7 +305,7 @@ def _notes(rows: Sequence[ScanRow], answers: Answers) -> tuple[str, ...]:
 
 def _label(model: nn.Module) -> str:
     base = getattr(model, "_convsurgery_base", None)
-    cfg = getattr(model, "pretrained_cfg", None) or {}
+    cfg = declared(model)
     return str(base.name if base is not None else cfg.get("architecture") or type(model).__name__)
 
 

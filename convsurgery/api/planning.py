@@ -15,6 +15,7 @@ from convsurgery.adapt.images import calibration_images
 from convsurgery.errors import ModelError
 from convsurgery.graph import Observation, Template, observe
 from convsurgery.operators import Start
+from convsurgery.plain import declared
 from convsurgery.rules import PatternSelector, Rules, RulesLike, as_rules, parse_selector
 from convsurgery.surgery import Plan, make_plan, unwrap, weights_of
 
@@ -117,7 +118,7 @@ def pattern(code: nn.Module | Callable[..., Any], tests: str = "", *, name: str 
 
 def _label(model: nn.Module) -> str:
     base = getattr(model, "_convsurgery_base", None)
-    cfg = getattr(model, "pretrained_cfg", None) or {}
+    cfg = declared(model)
     return str(base.name if base is not None else cfg.get("architecture") or type(model).__name__)
 
 

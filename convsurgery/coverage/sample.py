@@ -50,6 +50,8 @@ HARD = (
     "regnety_002",
     "convnext_atto",
     "convmixer_768_32",
+    # convolutions that are no module
+    "efficientnet_cc_b0_4e",
     # attention of all kinds
     "skresnet18",
     "resnest14d",

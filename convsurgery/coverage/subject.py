@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from convsurgery import zoo
 from convsurgery.errors import ModelError
+from convsurgery.plain import declared
 
 __all__ = ["FastInit", "build", "family_of", "normalised", "pictures", "smallest_inputs"]
 
@@ -84,7 +85,7 @@ def smallest_inputs(name: str, model: nn.Module, params: int) -> tuple[int | Non
     if family == "torchvision/optical_flow":
         return None, (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
     batch = 1 if params > LARGE else 2
-    cfg = getattr(model, "pretrained_cfg", None) or {}
+    cfg = declared(model)
     if cfg.get("fixed_input_size"):
         bound = _bound_size(name)
         if bound is not None:

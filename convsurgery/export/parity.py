@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,15 @@ from torch.utils._pytree import tree_leaves
 
 from convsurgery import zoo
 from convsurgery.errors import ExportError, ParityError, StorageError
+from convsurgery.files import input_path
 from convsurgery.graph import copy_model
 from convsurgery.plain import parse_json
 from convsurgery.surgery import fuse, unwrap
 
 __all__ = ["BATCHES", "NODES", "TOLERANCE", "Parity", "check_parity", "verify_onnx"]
+
+#: how long ONNX Runtime may take for one batch of a file that may be a stranger's
+_SECONDS = 600.0
 
 BATCHES = (1, 2, 5)
 TOLERANCE = 1e-4
@@ -88,7 +95,7 @@ def verify_onnx(
     if inputs is None:
         inputs = torch.rand(2, *zoo.input_size(unwrap(model)), generator=torch.Generator().manual_seed(0))
     given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    return check_parity(Path(path), unwrap(model), given, tuple(batches), tolerance, data)
+    return check_parity(input_path(path, ExportError), unwrap(model), given, tuple(batches), tolerance, data)
 
 
 def check_parity(
@@ -223,12 +230,38 @@ def _torch_outputs(model: nn.Module, arrays: tuple[np.ndarray[Any, Any], ...]) -
 def _run(session: Any, arrays: tuple[np.ndarray[Any, Any], ...], path: Path) -> list[np.ndarray[Any, Any]]:
     try:
         feeds = {item.name: array for item, array in zip(session.get_inputs(), arrays, strict=True)}
-        outputs: list[np.ndarray[Any, Any]] = session.run(None, feeds)
+        outputs: list[np.ndarray[Any, Any]] = _within(_SECONDS, session, feeds)
+    except TimeoutError:
+        raise ExportError(
+            f"ONNX Runtime is not done with {path.name} on shapes {[a.shape for a in arrays]} after {_SECONDS:g} s: a "
+            "Loop in it may have no end"
+        ) from None
     except Exception as error:
         raise ExportError(
             f"ONNX Runtime cannot run {path.name} on shapes {[a.shape for a in arrays]}: {error}"
         ) from error
     return outputs
+
+
+def _within(seconds: float, session: Any, feeds: dict[str, Any]) -> list[np.ndarray[Any, Any]]:
+    """Run a session beside this thread, which stays able to hear Ctrl-C; stopped where it takes too long."""
+    import onnxruntime
+
+    options, result = onnxruntime.RunOptions(), Future[Any]()
+
+    def work() -> None:
+        try:
+            result.set_result(session.run(None, feeds, options))
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=work, daemon=True, name="convsurgery-onnxruntime").start()
+    try:
+        return list(result.result(seconds))
+    except FutureTimeout:
+        raise TimeoutError from None
+    finally:
+        options.terminate = True  # the runtime looks at it between nodes, also in a loop
 
 
 def _nodes(proto: onnx.ModelProto, path: Path) -> dict[str, str]:

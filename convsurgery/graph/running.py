@@ -37,6 +37,7 @@ from convsurgery.graph.executed import Executed
 from convsurgery.graph.holders import held_values, holders
 from convsurgery.graph.probes import Probes
 from convsurgery.graph.watching import Call, ReadsOutside, Watch, hooked, is_scripted_conv
+from convsurgery.plain import declared
 
 __all__ = [
     "Call",
@@ -289,7 +290,7 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 
 def _sizes(model: nn.Module, inputs: Sequence[Any]) -> list[str]:
     """What timm knows of the sizes a model takes, where the input is another."""
-    cfg = getattr(model, "pretrained_cfg", None)
+    cfg = declared(model)
     given = tensors(inputs)
     if not isinstance(cfg, Mapping) or not given or given[0].dim() < 3:
         return []

@@ -16,6 +16,7 @@ from convsurgery.geometry import ConvGeometry, OtherConv, Site
 from convsurgery.graph.instance import own_method, state_hooks
 from convsurgery.graph.running import Run, is_scripted_conv, run, tensors
 from convsurgery.graph.tracing import Region, followers, owners_read, regions
+from convsurgery.plain import declared
 
 __all__ = ["Observation", "aliases", "observe"]
 
@@ -104,6 +105,11 @@ def _sites(model: nn.Module, seen: Run, read_outside: set[str], after: Mapping[s
     for name, module in model.named_modules():
         if not isinstance(module, nn.Conv2d) and not is_scripted_conv(module):
             continue
+        if name not in fakes:
+            raise ModelError(
+                f"{name or 'the model'} is gone after one forward pass: the forward takes it out of the model. Run the "
+                "model once, then convert it"
+            )
         names = names_of[id(module)]
         call = seen.calls.get(name)
         batchnorm = next((after[alias] for alias in names if alias in after), None)
@@ -158,9 +164,10 @@ def _owners(name: str, classes: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _declared_first(model: nn.Module) -> set[str]:
-    cfg = getattr(model, "pretrained_cfg", None)
-    names = cfg.get("first_conv") if isinstance(cfg, Mapping) else None
-    return set() if not names else {names} if isinstance(names, str) else set(names)
+    names = declared(model).get("first_conv")
+    if isinstance(names, str):
+        return {names}
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list | tuple) else set()
 
 
 def _blocked(module: nn.Module, read_outside: bool) -> str | None:
@@ -181,6 +188,6 @@ def _blocked(module: nn.Module, read_outside: bool) -> str | None:
         return f"its {replaced} was replaced on this instance; del it, or make a subclass with an adapter"
     if any(hooks) or state_hooks(module):
         return "it carries hooks; remove them, convert, and register them again"
-    if isinstance(module.weight, Tensor) and not module.weight.is_floating_point() and not module.weight.is_complex():
+    if isinstance(module.weight, Tensor) and not module.weight.is_floating_point():
         return f"its weight is {module.weight.dtype}"
     return None

@@ -53,17 +53,19 @@ def option(
     kind: type | tuple[type, ...],
     least: float | None = None,
     above: float | None = None,
+    most: float | None = None,
     choices: Sequence[object] = (),
 ) -> Any:
     """A field of an operator config: default, one line of help, and what is legal.
 
     ``kind`` is the type (an int passes as a float, a bool never as a number), ``least`` an inclusive and ``above`` an
-    exclusive lower bound, ``choices`` further legal values outside ``kind``.
+    exclusive lower bound, ``most`` an inclusive upper one, ``choices`` further legal values outside ``kind``.
     """
     kinds = kind if isinstance(kind, tuple) else (kind,)
     # Where absence is the default, it need not be told as a choice.
     told = tuple(choice for choice in choices if choice is not None or default is not None)
     metadata = {"help": help, "kinds": kinds, "least": least, "above": above, "choices": tuple(choices), "told": told}
+    metadata["most"] = most
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -75,6 +77,8 @@ def _legal(metadata: Mapping[str, Any]) -> str:
             word += f" >= {metadata['least']:g}"
         if metadata["above"] is not None and kind is not bool:
             word += f" > {metadata['above']:g}"
+        if metadata.get("most") is not None and kind is not bool:
+            word += f" and <= {metadata['most']:g}"
         words.append(word)
     words += [str(choice).lower() for choice in metadata["told"]]
     return " or ".join(words)
@@ -94,6 +98,8 @@ def _accept(name: str, value: Any, metadata: Mapping[str, Any]) -> Any:
         if metadata["least"] is not None and number is not None and number < metadata["least"]:
             break
         if metadata["above"] is not None and number is not None and number <= metadata["above"]:
+            break
+        if metadata.get("most") is not None and number is not None and number > metadata["most"]:
             break
         return value
     raise ArgumentError(name, f"{name} wants {_legal(metadata)}, not {str(value).lower()}")

@@ -234,6 +234,12 @@ def _body(form: NodeForm) -> list[str]:
     ]
 
 
+#: filters of a group: a start solves for as many unknowns
+_MOST = 8192
+#: bytes of a layer's filters and mix
+_LARGEST = 1 << 30
+
+
 @register_operator("lbc")
 @dataclass(frozen=True)
 class Lbc(OperatorConfig):
@@ -275,6 +281,11 @@ class Lbc(OperatorConfig):
             below = filters // groups * groups
             legal = f"{below} or {below + groups}" if below else str(groups)
             return f"filters={filters} is no multiple of its {groups} groups; nearest: {legal}"
+        if filters // groups > _MOST:
+            return f"filters={filters}: at most {_MOST:,} for each group of channels"
+        size = (filters * site.geometry.patch + site.geometry.out_channels * filters // groups) * 4
+        if size > _LARGEST:
+            return f"its {filters} filters and their mix take {size / 2**20:,.0f} MiB; at most {_LARGEST >> 20:,}"
         return None
 
     def refuses_start(self, start: str, site: Site | None = None) -> str | None:

@@ -46,6 +46,8 @@ class Start:
         """Read ``neutral``, ``neutral(1e-3)``, ``neutral(eps=1e-3)``, ``fit(0.01)``, ``random(0)``, ..."""
         if isinstance(text, Start):
             return text
+        if not isinstance(text, str):
+            raise ArgumentError("start", f"a start is a text such as neutral(1e-3), not a {type(text).__name__}")
         found = re.fullmatch(r"\s*([\w-]+)\s*(?:\(\s*(?:(\w+)\s*=\s*)?([^()=\s]+)\s*\))?\s*", text)
         if not found or found[1] not in cls.ARGUMENT:
             raise ArgumentError("start", f"unknown start {text!r}", nearest(found[1] if found else text, cls.ARGUMENT))

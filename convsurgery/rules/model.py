@@ -87,7 +87,14 @@ class Test(Sourced):
         key, value = KEYS[self.key], self.value
         if not isinstance(key, NumberKey):
             assert isinstance(value, Glob | Regex)
-            return any(value.matches(text) for text in key.read(site)) == (self.op == "=")
+            try:
+                return any(value.matches(text) for text in key.read(site)) == (self.op == "=")
+            except TimeoutError:
+                raise self.located().error(
+                    f"{value} takes too long: on {key.read(site)[0]!r} it was not done after a second",
+                    "value",
+                    "a repetition inside of a repetition, such as (a+)+, tries too much: write a+",
+                ) from None
         assert not isinstance(value, Glob | Regex)
         left, right = key.read(site), self._other(site) if isinstance(value, KeyName) else value
         return left is not None and right is not None and compare(left, self.op, right)
@@ -128,16 +135,19 @@ class Selector(Sourced):
             place_named(self.place)
         except RuleError as error:
             raise self.located().error(error.message, "place", error.hint) from None
-        seen: list[Test] = []
+        seen: set[Test] = set()
+        exact: dict[str, Test] = {}
         for test in self.tests:
             if test in seen:
                 raise test.error(f"the test {test} is written twice")
             if isinstance(test.value, int | tuple) and test.op == "=":
-                rival = next((old for old in seen if old.exact and old.key == test.key), None)
+                rival = exact.get(test.key)
                 if rival is not None:
                     hint = "all tests must hold; use a range a..b, or two rules"
                     raise test.error(f"{rival} and {test} cannot both hold", hint=hint)
-            seen.append(test)
+            seen.add(test)
+            if test.exact:
+                exact.setdefault(test.key, test)
 
     def __str__(self) -> str:
         return self.place + (f"[{', '.join(map(str, self.tests))}]" if self.tests else "")

@@ -227,9 +227,9 @@ class _Parser:
         opening = self.take(_OPEN_ARGS)
         if opening is None:
             raise self.expected(f"'(' after {AUTO}", _AUTO_EXAMPLE)
-        options = [self.target()]
+        options = [self.option()]
         while self.take_sign("|"):
-            options.append(self.target())
+            options.append(self.option())
         wishes: list[Wish] = []
         while not self.take_sign(")"):
             if not self.take_sign(","):
@@ -237,6 +237,14 @@ class _Parser:
             wishes.append(self.wish())
         source = Source(self.text, {"": (name.start, self.last)})
         return AutoTarget(AUTO, options=tuple(options), wishes=tuple(wishes), source=source)
+
+    def option(self) -> Target:
+        ahead = self.take(NAME)
+        if ahead is not None and ahead.text == AUTO:  # told here: read, it could be nested without end
+            raise self.error(f"{AUTO} is no operator to choose", ahead, "sites may always stay as they are")
+        if ahead is not None:
+            self.position = ahead.start
+        return self.target()
 
     def wish(self) -> Wish:
         metric = self.take(_WORD)
@@ -300,17 +308,24 @@ def _parse(text: str) -> Rules:
     return _Parser(text).rules()
 
 
+def _only_text(text: object, what: str) -> None:
+    if not isinstance(text, str):
+        raise RuleError(f"{what} is read from a text, not from a value of type {type(text).__name__}", hint=_EXAMPLE)
+
+
 def parse(text: str) -> Rules:
     """Read rules.
 
     >>> str(parse("first-conv [k = 3] -> kerv-poly( learnable ) ;"))
     'first-conv[k=3]->kerv-poly(learnable=true)'
     """
+    _only_text(text, "a rule")
     return _parse(text)
 
 
 def parse_selector(text: str) -> Selector:
     """Read a selector alone."""
+    _only_text(text, "a selector")
     parser = _Parser(text)
     selector = parser.selector()
     if parser.peek() is not None:
@@ -320,6 +335,7 @@ def parse_selector(text: str) -> Selector:
 
 def parse_target(text: str) -> Target:
     """Read an operator and its arguments alone."""
+    _only_text(text, "a target")
     parser = _Parser(text)
     target = parser.target()
     if parser.peek() is not None:

@@ -42,6 +42,9 @@ _FLOAT: Final = re.compile(r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-
 _NUMBER: Final = re.compile(rf"([0-9]{{1,{_DIGITS}}})(?:(x|\s*\.\.\s*)([0-9]{{1,{_DIGITS}}}))?")
 _CONSTANTS: Final[dict[str, bool | None]] = {"true": True, "false": False, "none": None}
 
+#: an expression such as ``(a+)+$`` may take longer than the age of the universe
+_SECONDS: Final = 1.0
+
 ArgValue = bool | int | float | str | None
 
 
@@ -104,16 +107,21 @@ class Regex:
         object.__setattr__(self, "pattern", plain)
         if not plain or "\n" in plain:
             raise RuleError("a regular expression must not be empty or hold a line break", hint=r"write '\n' for one")
+        import regex  # for its time limit; it takes what re takes
+
         try:
-            re.compile(plain)
-        except (re.error, OverflowError, RecursionError) as error:
+            regex.compile(plain)
+        except (regex.error, OverflowError, RecursionError, ValueError) as error:
             raise RuleError(f"the regular expression /{self.pattern}/ is not valid: {error}") from None
 
     def __str__(self) -> str:
         return "/" + self.pattern.replace("/", r"\/") + "/"
 
     def matches(self, text: str) -> bool:
-        return re.search(self.pattern, text) is not None
+        """Whether it is found in ``text``; TimeoutError where that takes longer than any sensible one does."""
+        import regex
+
+        return regex.search(self.pattern, text, timeout=_SECONDS) is not None
 
 
 TestValue = int | tuple[int, int] | Range | KeyName | Glob | Regex

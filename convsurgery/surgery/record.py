@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from convsurgery import zoo
+from convsurgery.errors import ModelError
 from convsurgery.operators import Start
 from convsurgery.surgery.plan import Entry, Plan
 
@@ -47,7 +48,9 @@ class Record:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel or ``torch.compile``."""
+    """The model inside DistributedDataParallel, DataParallel or ``torch.compile``; ModelError for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"a model is a torch.nn.Module, not a value of type {type(model).__name__}")
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):

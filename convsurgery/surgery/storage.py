@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from convsurgery import models as models  # its networks may be what is loaded
 from convsurgery import zoo
 from convsurgery.errors import ConvSurgeryError, ModelError, StorageError, warn
-from convsurgery.files import is_folder_with, locked, refuse_existing, staging, with_usual_mode
+from convsurgery.files import input_path, is_folder_with, locked, refuse_existing, staging, with_usual_mode
 from convsurgery.graph import copy_model
 from convsurgery.surgery.apply import apply_
 from convsurgery.surgery.folder import CONFIG, FORMAT, WEIGHTS, digest_of, pending, read_config, weights_file
@@ -107,6 +107,8 @@ def save(
         "origin": str(weights_of(model)),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "torchvision")},
     }
+    if directory == "":
+        raise StorageError("no folder given to save to; '.' is the one you are in")
     folder = Path(directory)
     try:
         new = not folder.exists()
@@ -227,7 +229,7 @@ def load(directory: str | os.PathLike[str], *, base: nn.Module | None = None) ->
         StorageError: for a folder that is missing, incomplete, corrupt or written by something else; nothing in it is
             executed, fetched, or used as a path. A folder of a version that kept no digest is read with a warning.
     """
-    folder = Path(directory)
+    folder = input_path(directory)
     # Who saves into the folder meanwhile waits: the two files are read as a pair.
     with locked(folder, shared=True):
         return _load(folder, base)

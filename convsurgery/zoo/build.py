@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from convsurgery.errors import ModelError
+from convsurgery.plain import declared
 from convsurgery.zoo.checkpoint import copy_weights, read_weights
 from convsurgery.zoo.names import TORCHVISION, Base, canonical_name, check_name
 from convsurgery.zoo.origin import Origin, note_origin
@@ -167,7 +168,7 @@ _RANDOM = Origin("random", random=True)
 
 def _tagged(model: nn.Module, name: str) -> Origin:
     """What timm loaded by itself: the tag, and whether the classifier is one of another size."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
+    cfg = declared(model)
     classes, known = getattr(model, "num_classes", None), cfg.get("num_classes")
     return Origin(name or cfg.get("tag") or "pretrained", new_head=bool(classes) and classes != known)
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from convsurgery.errors import ModelError
+from convsurgery.files import input_path
+from convsurgery.plain import declared
 from convsurgery.zoo.origin import Origin, note_origin
 
 __all__ = ["copy_weights", "load_checkpoint", "read_weights"]
@@ -56,7 +58,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, new_head: bool = Fals
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file under their plain names; raises as :func:`load_checkpoint`."""
-    path = Path(path).expanduser()
+    path = input_path(path, ModelError)
     if not path.exists():
         raise ModelError(f"no checkpoint at {path}")
     if not path.is_file():
@@ -199,7 +201,7 @@ def _only_head(model: nn.Module, differing: Mapping[str, tuple[tuple[int, ...], 
 def _with_own_head(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     differing = _differing(model, state)
     own = model.state_dict()
-    heads = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    heads = declared(model).get("classifier") or ()
     # A timm model without classes has no classifier at all, and the file's goes unused.
     unused = {
         f"{head}.{part}" for head in ([heads] if isinstance(heads, str) else heads) for part in ("weight", "bias")

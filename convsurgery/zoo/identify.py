@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from convsurgery.errors import ModelError
+from convsurgery.plain import declared
 from convsurgery.zoo.allowed import allowed_arguments
 from convsurgery.zoo.names import TORCHVISION, Base
 from convsurgery.zoo.sizes import first_channels, own_size, torchvision_builders
@@ -38,8 +39,8 @@ def identify(model: nn.Module, *, ignore: Collection[str] = ()) -> Base | None:
     attached = getattr(model, "_convsurgery_base", None)
     if isinstance(attached, Base):
         return attached
-    cfg = getattr(model, "pretrained_cfg", None)
-    if isinstance(cfg, dict) and isinstance(cfg.get("architecture"), str):
+    cfg = declared(model)
+    if cfg.get("architecture"):
         return _identify_timm(model, cfg, ignore)
     return identify_torchvision(model, torchvision_builders(model), ignore)
 

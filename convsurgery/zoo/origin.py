@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convsurgery.plain import declared
+
 __all__ = ["Origin", "note_origin", "origin_of"]
 
 _HEAD = ", random head"
@@ -79,8 +81,7 @@ def origin_of(model: nn.Module, *, before: Origin | None = None) -> Origin:
         return _changed(before) if before.random and found == "trained" else before
     if found == "initialised":
         return Origin("random", random=True)
-    cfg = getattr(model, "pretrained_cfg", None)
-    tag = cfg.get("tag") if isinstance(cfg, dict) else None
+    tag = declared(model).get("tag")
     if found == "trained":
         return Origin("unknown (not as initialised" + (f", timm's tag is {tag})" if tag else ")"))
     return Origin("unknown")

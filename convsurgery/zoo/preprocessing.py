@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from convsurgery.errors import StorageError
-from convsurgery.plain import from_plain
+from convsurgery.plain import declared, from_plain
 
 __all__ = ["preprocessing", "set_preprocessing"]
 
@@ -43,8 +43,8 @@ _ONE_OR_MORE = ("first_conv", "classifier")
 
 def preprocessing(model: nn.Module) -> dict[str, Any] | None:
     """The entries as JSON takes them; None for a model without a ``pretrained_cfg``, or with one of another form."""
-    cfg = getattr(model, "pretrained_cfg", None)
-    if not isinstance(cfg, dict):
+    cfg = declared(model)
+    if not cfg:
         return None
     found = {}
     for name in _FIELDS:
@@ -65,8 +65,8 @@ def set_preprocessing(model: nn.Module, data: Any, where: str) -> None:
         StorageError: for an entry that is none of these, of another kind, or out of range; begins with ``where``.
     """
     values = _read(data, where)
-    cfg = getattr(model, "pretrained_cfg", None)
-    if not isinstance(cfg, dict):
+    cfg = declared(model)
+    if not cfg:
         return
     changed = {name: value for name, value in values.items() if _plain(cfg.get(name)) != _plain(value)}
     if changed:

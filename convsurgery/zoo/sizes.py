@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from convsurgery.plain import declared
 from convsurgery.zoo.names import TORCHVISION, Base
 
 __all__ = ["first_channels", "image_pair", "input_size", "own_size", "set_input_size", "torchvision_builders"]
@@ -26,8 +27,8 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     if recorded is not None:
         channels, height, width = recorded
         return int(channels), int(height), int(width)
-    cfg = getattr(model, "pretrained_cfg", None)
-    if isinstance(cfg, dict) and len(cfg.get("input_size") or ()) == 3:
+    cfg = declared(model)
+    if cfg.get("input_size"):
         height, width = own_size(model) or tuple(cfg["input_size"][1:])
         return first_channels(model), int(height), int(width)
     height, width = _torchvision_size(model) or (224, 224)
@@ -56,11 +57,11 @@ def image_pair(size: Any) -> tuple[int, int] | None:
 
 def first_channels(model: nn.Module) -> int:
     """Channels of the input image."""
-    declared = getattr(model, "in_chans", None)
-    if isinstance(declared, int):
-        return declared
-    cfg = getattr(model, "pretrained_cfg", None)
-    if not isinstance(cfg, dict) or not cfg.get("input_size"):
+    told = getattr(model, "in_chans", None)
+    if isinstance(told, int):
+        return told
+    cfg = declared(model)
+    if not cfg.get("input_size"):
         # Whatever stands in a convolution's place has its in_channels too.
         found = (getattr(module, "in_channels", None) for module in model.modules())
         return next((channels for channels in found if isinstance(channels, int)), 3)

@@ -320,7 +320,7 @@ class KervPoly(DialConfig):
         ),
     )
 
-    degree: int = option(3, "power d of the polynomial", kind=int, least=1)
+    degree: int = option(3, "power d of the polynomial", kind=int, least=1, most=64)
     balance: float = option(1.0, "weight c of the lower orders", kind=float, least=0)
     learnable: bool | str = option(
         False, "train the balance: one for the layer, or one per channel", kind=bool, choices=("channel",)

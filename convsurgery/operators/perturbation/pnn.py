@@ -85,6 +85,10 @@ def _body(form: NodeForm) -> list[str]:
     return lines
 
 
+#: masks of a channel: each is a pass over the image
+MOST = 256
+
+
 @register_operator("pnn")
 @dataclass(frozen=True)
 class Pnn(OperatorConfig):
@@ -118,7 +122,7 @@ class Pnn(OperatorConfig):
         least=1,
         choices=(None, "resize", "fixed"),
     )
-    fanout: int = option(1, "masks for each input channel", kind=int, least=1)
+    fanout: int = option(1, "masks for each input channel", kind=int, least=1, most=MOST)
     level: float = option(0.1, "half width of uniform noise, standard deviation of Gaussian", kind=float, above=0)
     noise: str | None = option(
         "uniform", "distribution of the masks; none leaves them out", kind=(), choices=("uniform", "gaussian", None)
@@ -145,6 +149,10 @@ class Pnn(OperatorConfig):
             below = self.masks // channels * channels
             legal = f"{below} or {below + channels}" if below else str(channels)
             return f"masks={self.masks} is no multiple of its {channels} input channels; nearest: {legal}"
+        if self._fanout(site.geometry) > MOST:
+            return (
+                f"masks={self.masks} are {self._fanout(site.geometry)} for each of {channels} channels; at most {MOST}"
+            )
         if site.output_shape is None:
             return "no forward call reaches it, so that the size of its masks is not known"
         return self._over_budget(site)
