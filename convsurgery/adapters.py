@@ -52,26 +52,43 @@ class Adapter:
             values of ``extras``; None where they are one. A module-level function, so that modules can be pickled.
         extras: names of the attributes (parameters, buffers, numbers) that ``weight`` takes behind the stored weight.
         prefix: of the new modules' class names where ``weight`` is at work.
+        fixed: name of its attribute that pads the input by amounts that do not change, an ``nn.ZeroPad2d`` or an
+            ``nn.Identity``.
     """
 
     same: bool | str = False
     weight: Callable[..., Tensor] | None = None
     extras: tuple[str, ...] = ()
     prefix: str = "Reweighted"
+    fixed: str = ""
 
     def attributes(self, conv: nn.Conv2d) -> frozenset[str]:
         """Names of what ``conv`` holds for this."""
-        told = (self.same,) if isinstance(self.same, str) else ()
-        mine = ("_window", "_extras", *getattr(conv, "_extras", ())) if isinstance(conv, _Adapted) else ()
+        told = tuple(name for name in (self.same, self.fixed) if isinstance(name, str) and name)
+        mine = ("_window", "_amounts", "_extras", *getattr(conv, "_extras", ())) if isinstance(conv, _Adapted) else ()
         return frozenset((*self.extras, *told, *mine))
 
     def pads(self, conv: nn.Conv2d) -> bool:
         """Whether ``conv`` pads its input at run time."""
         return bool(getattr(conv, self.same)) if isinstance(self.same, str) else self.same
 
+    def amounts(self, conv: nn.Conv2d) -> tuple[int, int, int, int] | None:
+        """Zeros that ``conv`` puts (left, right, above, below) its input by itself, in fixed amounts; None for none."""
+        if isinstance(conv, _Adapted):
+            return getattr(conv, "_amounts", None)
+        padding = getattr(getattr(conv, self.fixed), "padding", None) if self.fixed else None
+        if padding is None or not any(padding):
+            return None
+        left, right, top, bottom = padding
+        return int(left), int(right), int(top), int(bottom)
+
     def geometry(self, conv: nn.Conv2d) -> ConvGeometry:
         """The geometry of ``conv``; padding mode "same" where it pads at run time."""
         geometry = ConvGeometry.of(conv)
+        amounts = self.amounts(conv)
+        if amounts is not None:
+            whole = (own + more for own, more in zip(geometry.padding, amounts, strict=True))
+            return dataclasses.replace(geometry, padding=tuple(whole))  # type: ignore[arg-type]
         if not self.pads(conv):
             return geometry
         return dataclasses.replace(geometry, padding=(0, 0, 0, 0), padding_mode="same")
@@ -133,14 +150,23 @@ class Adapter:
             new._parameters["weight"] = conv._parameters["weight"]
             new._extras = tuple(names)  # type: ignore[assignment]
         window = (pair(conv.kernel_size), pair(conv.stride), pair(conv.dilation))
-        return _dress(new, dataclasses.replace(kept, same=self.pads(conv)), window)
+        amounts = self.amounts(conv)
+        kept = dataclasses.replace(kept, same=self.pads(conv), fixed="" if amounts is None else "_amounts")
+        return _dress(new, kept, window, amounts)
 
 
-def _dress(module: nn.Module, adapter: Adapter, window: tuple[Pair, Pair, Pair]) -> nn.Module:
+def _dress(
+    module: nn.Module,
+    adapter: Adapter,
+    window: tuple[Pair, Pair, Pair],
+    amounts: tuple[int, int, int, int] | None = None,
+) -> nn.Module:
     """``module`` in the subclass of its class that does what ``adapter`` says, which may be nothing."""
     if adapter.same:
         module._window = window  # type: ignore[assignment]
-    if adapter.same or adapter.weight is not None:
+    if adapter.fixed:
+        module._amounts = amounts  # type: ignore[assignment]
+    if adapter.same or adapter.fixed or adapter.weight is not None:
         kind: Any = type(module)  # mypy finds classes of modules not hashable
         module.__class__ = _subclass(kind, adapter)
     return module
@@ -171,6 +197,19 @@ class _Padded(_Adapted):
         return pad_same(input, *self._window)
 
 
+class _Surrounded(_Adapted):
+    """Puts zeros around the first input, always as many."""
+
+    _amounts: tuple[int, int, int, int]
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(F.pad(input, self._amounts), *args, **kwargs)
+
+    def prepared(self, input: Tensor) -> Tensor:
+        """What the operator itself is given."""
+        return F.pad(input, self._amounts)
+
+
 class _Weighted(_Adapted):
     """Reading ``weight`` gives the effective one; the Parameter of that name is the stored one."""
 
@@ -198,6 +237,8 @@ def _simplified(self: _Adapted, how: str) -> nn.Module:
                 held.pop(name, None)
         bare._parameters["weight"] = nn.Parameter(self.weight.detach(), requires_grad=False)
     fused: nn.Module = getattr(bare, how)()
+    if isinstance(self, _Surrounded):
+        return _dress(fused, Adapter(fixed="_amounts"), ((1, 1), (1, 1), (1, 1)), self._amounts)
     if not isinstance(self, _Padded):
         return fused
     return _dress(fused, Adapter(same=True), self._window)
@@ -224,8 +265,10 @@ def _reset_parameters(self: _Weighted, *args: Any, **kwargs: Any) -> None:
 @functools.cache
 def _subclass(operator: type[nn.Module], adapter: Adapter) -> type[nn.Module]:
     weighted = adapter.weight is not None
-    bases = (*((_Padded,) if adapter.same else ()), *((_Weighted,) if weighted else ()), operator)
-    name = f"{adapter.prefix if weighted else ''}{'Same' if adapter.same else ''}{operator.__name__}"
+    padding = ((_Padded,) if adapter.same else ()) + ((_Surrounded,) if adapter.fixed else ())
+    bases = (*padding, *((_Weighted,) if weighted else ()), operator)
+    padded = "Same" if adapter.same else "Padded" if adapter.fixed else ""
+    name = f"{adapter.prefix if weighted else ''}{padded}{operator.__name__}"
     members: dict[str, Any] = {"_operator": operator, "_adapter": adapter, "__doc__": operator.__doc__}
     # FX tracers keep the modules of torch.nn whole. Let in, they would copy the effective weight for the Parameter.
     members["__module__"] = nn.Module.__module__
@@ -287,7 +330,26 @@ def adapter_for(module: nn.Module) -> Adapter | None:
     if isinstance(module, _Adapted):
         return module._adapter if module._operator is nn.Conv2d else None
     found = _adapters.get(kind)
-    return _adapters.get(_path(kind)) if found is None else found
+    found = _adapters.get(_path(kind)) if found is None else found
+    if found is None and isinstance(module, nn.Conv2d) and kind is not nn.Conv2d and _convolves(kind):
+        return _PLAIN
+    return found
+
+
+_PLAIN = Adapter()
+#: what a class may define and still convolve as Conv2d does
+_HARMLESS = frozenset(
+    {
+        *("__init__", "__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__constants__"),
+        *("__annotations__", "__annotate_func__", "__annotations_cache__", "__parameters__", "__orig_bases__"),
+        *("__firstlineno__", "__static_attributes__", "extra_repr", "reset_parameters"),
+    }
+)
+
+
+def _convolves(kind: type[nn.Module]) -> bool:
+    """Whether a subclass of Conv2d only chooses its options: nothing that a call runs is its own."""
+    return all(_HARMLESS.issuperset(vars(base)) for base in kind.__mro__ if base not in nn.Conv2d.__mro__)
 
 
 def standardised(stored: Tensor, eps: float) -> Tensor:
@@ -319,3 +381,11 @@ for _name, _adapter in {
     "std_conv.ScaledStdConv2dSame": dataclasses.replace(_SCALED, same="same_pad"),
 }.items():
     register_adapter(f"timm.layers.{_name}", _adapter)
+
+for _name, _adapter in {
+    "transformers.models.bit.modeling_bit.WeightStandardizedConv2d": dataclasses.replace(_STD, same="pad"),
+    "transformers.models.perceiver.modeling_perceiver.Conv2dSamePadding": Adapter(fixed="zero_pad_2d"),
+    "segmentation_models_pytorch.encoders._efficientnet.Conv2dStaticSamePadding": Adapter(fixed="static_padding"),
+    "segmentation_models_pytorch.encoders._efficientnet.Conv2dDynamicSamePadding": Adapter(same=True),
+}.items():
+    register_adapter(_name, _adapter)

@@ -15,10 +15,10 @@ __all__ = ["refuse_folding"]
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 #: functions that read a convolution's filters to fold something into them
 _FOLDS = re.compile(
-    r"fuse(?!d)|fusion|repara|to_deploy|deploy_model"
-    r"|(?:fold|merge|absorb|squash|bake)_?(?:in_?)?(?:bn|batch_?norm|conv|norm|branch)"
-    r"|(?:bn|batch_?norm|conv|norm|branch)\w*_(?:fold|merge|absorb|squash|bake)",
-    re.IGNORECASE,
+    r"(?:(?<![A-Za-z])[fF]|(?<=[a-z])F)us(?:e(?!d)|ing)"  # not in diffusion or refuse
+    r"|[rR]epara|(?:to|To)_?[dD]eploy|deploy_model"
+    r"|(?i:(?:fold|merge|absorb|squash|bake|fusion)_?(?:in_?)?(?:bn|batch_?norm|conv|norm|branch))"
+    r"|(?i:(?:bn|batch_?norm|conv|norm|branch)\w*_(?:fold|merge|absorb|squash|bake|fusion))"
 )
 #: how far from the reader the function may be that folds
 _DEPTH = 3
@@ -26,7 +26,8 @@ _DEPTH = 3
 
 @functools.lru_cache(maxsize=4096)
 def _folds(code: CodeType) -> bool:
-    return _FOLDS.search(code.co_name) is not None
+    # A test that is named after folding reads filters to look at them.
+    return _FOLDS.search(code.co_name) is not None and not code.co_name.startswith("test")
 
 
 @functools.lru_cache(maxsize=4096)

@@ -102,5 +102,6 @@ def _convolution(layer: OperatorLayer, input: Tensor) -> Tensor:
     input = layer.prepared(input)
     left, right, top, bottom = layer.geometry.padding
     mode = layer.geometry.padding_mode
-    padded = F.pad(input, [left, right, top, bottom], **({} if mode in ("zeros", "same") else {"mode": mode}))
-    return F.conv2d(padded, layer.weight, layer.bias, layer.stride, 0, layer.dilation, layer.groups)
+    padded = F.pad(input, [left, right, top, bottom], "constant" if mode in ("zeros", "same") else mode)
+    bias = layer._parameters.get("bias")
+    return F.conv2d(padded, layer.weight, bias, layer.stride, 0, layer.dilation, layer.groups)

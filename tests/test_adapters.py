@@ -365,3 +365,57 @@ def test_saved_and_exported(name: str, rule: str, tmp_path: Path) -> None:
     assert naive.error(cs.fuse(new)(x), new(x)) < 1e-5
     parity = cs.export_onnx(new, tmp_path / "model.onnx")
     assert parity is not None
+
+
+class OnlyInit(nn.Conv2d):
+    """Chooses its options, and carries a number."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__(channels, 2 * channels, kernel, padding=kernel // 2)
+        self.tag = "mine"
+
+
+class Inherits(OnlyInit):
+    def extra_repr(self) -> str:
+        return "mine"
+
+
+class Doubles(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class DoublesInside(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, 2 * weight, bias)
+
+
+class Mixin:
+    def __call__(self, input: Tensor) -> Tensor:
+        return 3 * nn.Module.__call__(self, input)
+
+
+class MixedIn(Mixin, nn.Conv2d):
+    pass
+
+
+class Reads(nn.Conv2d):
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        return 2 * value if name == "weight" else value
+
+
+@pytest.mark.parametrize("kind", [OnlyInit, Inherits])
+def test_a_subclass_that_only_chooses_options_is_a_convolution(kind: type[OnlyInit]) -> None:
+    model, x = nn.Sequential(kind(3, 3)).eval(), torch.randn(2, 3, 9, 9)
+    for rule in ("all-conv->conv", "all-conv->kerv-poly", "all-conv->kerv-gauss"):
+        new = cs.convert(model, rule, example_inputs=x)
+        assert type(new[0]) is not kind
+        assert new[0].tag == "mine"
+        assert torch.equal(new(x), model(x))
+
+
+@pytest.mark.parametrize("kind", [Doubles, DoublesInside, MixedIn, Reads])
+def test_a_subclass_that_computes_is_kept(kind: type[nn.Conv2d]) -> None:
+    with pytest.raises(cs.errors.ConversionError, match=r"a subclass of Conv2d .* whose forward may differ"):
+        cs.convert(nn.Sequential(kind(3, 4, 3)), "all-conv->conv", example_inputs=torch.randn(1, 3, 8, 8))

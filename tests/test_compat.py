@@ -17,11 +17,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import needs
 from torch import Tensor, nn
 
 import convsurgery as cs
 from convsurgery.errors import ConversionError, ConvSurgeryError, ExportError
-from tests.conftest import needs
 
 RULES = ["all-conv->kerv-poly", "first-conv->kerv-gauss", "conv[k=3]->pnn", "all-conv->kerv-poly by blend(0.5)"]
 
@@ -155,6 +155,32 @@ def test_folding_written_by_anybody() -> None:
     assert close(null(image), plain(image))
 
 
+@pytest.mark.parametrize(
+    ("name", "folds"),
+    [
+        *(
+            (name, True)
+            for name in ("fuse", "_fuse_bn_tensor", "fuseConv", "convBnFuse", "fuse_conv_bn_eval", "fusing")
+        ),
+        *((name, True) for name in ("reparameterize", "switch_to_deploy", "fold_bn", "merge_conv_bn", "bn_fold")),
+        *((name, True) for name in ("absorb_bn", "conv_bn_fusion", "squash_in_bn", "get_reparam_kernel")),
+        *((name, False) for name in ("diffusion", "refuse", "confuse_labels", "is_fused", "train", "unfold", "merge")),
+        *((name, False) for name in ("init_fusion_weights", "fold", "manifold", "test_fuse", "deploy", "forward")),
+    ],
+)
+def test_functions_that_fold_are_known_by_their_names(name: str, folds: bool) -> None:
+    layer = cs.convert(
+        nn.Sequential(nn.Conv2d(3, 4, 3)), "all-conv->kerv-gauss", example_inputs=torch.randn(1, 3, 8, 8)
+    )
+    space: dict[str, Any] = {}
+    exec(f"def {name}(layer):\n    return layer.weight\n", space)
+    if folds:
+        with pytest.raises(ConversionError, match=f"^{name} "):
+            space[name](layer[0])
+    else:
+        assert isinstance(space[name](layer[0]), nn.Parameter)
+
+
 def test_filters_are_read_and_set_like_a_parameter() -> None:
     """What folds is refused; everything else that torch does with a Parameter goes on."""
     from torch.nn.utils import parametrizations, prune
@@ -254,6 +280,41 @@ def test_transformers(tmp_path: Path) -> None:
     config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], num_labels=5)
     model = ResNetForImageClassification(config).eval()
     check_saving(model, lambda: ResNetForImageClassification(config), torch.randn(1, 3, 64, 64), tmp_path)
+
+
+def check_subclasses(model: nn.Module, x: Tensor, least: int, tmp_path: Path) -> None:
+    def out(model: nn.Module) -> Tensor:
+        found = model(x)
+        return found if isinstance(found, Tensor) else found.last_hidden_state
+
+    plan = cs.plan(model, "all-conv->conv", example_inputs=x)
+    assert len(plan.edits) >= least
+    assert all(entry.reason == "no forward call reaches it" for entry in plan.entries if entry not in plan.edits)
+    for rule in ("all-conv->conv", "all-conv->kerv-poly"):
+        assert torch.equal(out(cs.convert(model, rule, example_inputs=x)), out(model))
+    new = cs.convert(model, "first-conv->kerv-gauss; conv[k=3]->lbc; all-conv->kerv-poly", example_inputs=x)
+    cs.set_nonlinearity(new, 0.1)
+    cs.save(new, tmp_path / "out", check=False)
+    assert torch.equal(out(cs.load(tmp_path / "out", base=model)), out(new))
+    assert close(out(cs.fuse(new)), out(new))
+
+
+@torch.no_grad()
+def test_subclasses_of_segmentation_models(tmp_path: Path) -> None:
+    needs("segmentation_models_pytorch", "compat")
+    import segmentation_models_pytorch as smp
+
+    model = smp.Unet("efficientnet-b0", encoder_weights=None).eval()
+    check_subclasses(model, torch.randn(1, 3, 64, 64), 91, tmp_path)
+
+
+@torch.no_grad()
+def test_subclasses_of_transformers(tmp_path: Path) -> None:
+    needs("transformers", "compat")
+    from transformers import BitConfig, BitModel
+
+    config = BitConfig(depths=[1, 1], hidden_sizes=[128, 256], embedding_size=32, global_padding="same")
+    check_subclasses(BitModel(config).eval(), torch.randn(1, 3, 64, 96), 7, tmp_path)
 
 
 def check_saving(model: nn.Module, build: Callable[[], nn.Module], x: Tensor, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from convsurgery import zoo
@@ -27,6 +28,7 @@ from convsurgery.surgery.record import set_record
 __all__ = ["convert", "convert_"]
 
 
+@torch.inference_mode(False)
 def convert(
     model: nn.Module,
     rule: RulesLike,
@@ -63,6 +65,7 @@ def convert(
     return _of_known_weights(apply(model, made, example_inputs=inputs) if trial is None else trial, made)
 
 
+@torch.inference_mode(False)
 def convert_(
     model: nn.Module,
     rule: RulesLike,

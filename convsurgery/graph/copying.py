@@ -34,8 +34,11 @@ def computed_attributes(model: nn.Module, replace: Callable[[Tensor], Tensor]) -
     }
 
 
+@torch.inference_mode(False)
 def copy_model(model: Model) -> Model:
     """An independent copy of ``model``, shared tensors shared in it too; locks are new ones, which nobody holds.
+
+    Its tensors can be trained also where this is called inside of ``torch.inference_mode``.
 
     Raises:
         ModelError: for one that holds what cannot be copied, such as an open file; it names the attribute.

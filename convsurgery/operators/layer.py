@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +35,14 @@ class OperatorLayer(nn.Module):
     __jit_unused_properties__: ClassVar[list[str]] = ["weight", "geometry"]
 
     @property
-    def weight(self) -> Any:
+    def weight(self) -> Tensor:
         """The filters, a Parameter. Code that would fold something into them as into a convolution's is refused."""
         own = self.__dict__
         # What old-style weight norm or pruning computes stands in the dictionary.
-        found = own["weight"] if "weight" in own else super().__getattr__("weight")
+        found: Any = own["weight"] if "weight" in own else super().__getattr__("weight")
         if not torch.compiler.is_compiling():
             refuse_folding(type(self).__name__)
-        return found
+        return cast(Tensor, found)
 
     @weight.setter
     def weight(self, value: Any) -> None:

@@ -40,6 +40,7 @@ class _Replacement:
     norm: tuple[nn.Module, Tensor] | None
 
 
+@torch.inference_mode(False)
 def apply(model: nn.Module, plan: Plan, *, example_inputs: Sequence[Any] | None = None) -> nn.Module:
     """A converted copy of ``model``; the model itself is not touched.
 
@@ -59,6 +60,7 @@ def apply(model: nn.Module, plan: Plan, *, example_inputs: Sequence[Any] | None 
     return apply_(copied, plan, example_inputs=example_inputs)
 
 
+@torch.inference_mode(False)
 def apply_(
     model: nn.Module,
     plan: Plan,

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from convsurgery.graph import Region, aliases, copy_model, followers, regions
@@ -18,6 +19,7 @@ from convsurgery.surgery.record import Record, record, set_record
 __all__ = ["fuse"]
 
 
+@torch.inference_mode(False)
 def fuse(model: nn.Module) -> nn.Module:
     """An eval-mode copy of ``model`` with every operator's constants and following BatchNorm folded into it.
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -21,11 +22,16 @@ _METHOD = re.compile(
 )
 
 
-@functools.cache
-def _methods(kind: Any) -> tuple[str, ...]:  # mypy finds classes of modules not hashable
+#: by class; weak, because rewritten modules bring classes that go with them
+_known: WeakKeyDictionary[Any, tuple[str, ...]] = WeakKeyDictionary()
+
+
+def _methods(kind: Any) -> tuple[str, ...]:
     """The methods of a class of modules by which timm, ultralytics and others fold what is inside."""
-    names = [name for name in dir(kind) if _METHOD.fullmatch(name)]
-    return tuple(name for name in names if callable(getattr(kind, name, None)))
+    if kind not in _known:
+        names = [name for name in dir(kind) if _METHOD.fullmatch(name)]
+        _known[kind] = tuple(name for name in names if callable(getattr(kind, name, None)))
+    return _known[kind]
 
 
 def _ancestors(names: Sequence[str]) -> Iterator[str]:

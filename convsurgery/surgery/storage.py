@@ -215,6 +215,7 @@ def _commit(whole: Path, folder: Path, sha256: str) -> None:
             left.unlink()
 
 
+@torch.inference_mode(False)
 def load(directory: str | os.PathLike[str], *, base: nn.Module | None = None) -> nn.Module:
     """The model a folder holds, in eval mode, on the CPU.
 

@@ -137,15 +137,17 @@ class ReactionDiffusion2d(OperatorLayer):
         size, h = (int(y.shape[-2]), int(y.shape[-1])), self.time_step()
         weight = self.weight
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.device, float(h), size)
-        if self._kept is None or self._kept[0] != key:
+        # Looked at once: another thread may keep the spectrum of another size meanwhile.
+        kept = self._kept
+        if kept is None or kept[0] != key:
             if size[0] < weight.shape[-2] or size[1] < weight.shape[-1]:
                 return None  # the op says what is wrong
             factors = spectrum(weight.detach(), h.detach(), size, self.form)
             if not bool(torch.isfinite(factors).all()):
                 where = self.place or f"an {self.form} step over {self.channels} channels"
                 raise ModelError(f"the spectrum of {where} is not finite: its weights or its h are out of range")
-            self._kept = (key, factors)
-        return self._kept[1]
+            self._kept = kept = (key, factors)
+        return kept[1]
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_kept": None}
