@@ -104,11 +104,7 @@ def read_json(path: Path, limit: int = MAX_JSON) -> Any:
 
 
 def input_path(path: str | os.PathLike[str], kind: type[ConvSurgeryError] = StorageError) -> Path:
-    """A path the user named to be read, ``~`` written out; whether something is there is another question.
-
-    Raises:
-        kind: for what no path of this system can be: empty, too long, with a NUL in it, or no text at all.
-    """
+    """A path the user named to be read, ``~`` written out; ``kind`` is raised for what no path here can be."""
     try:
         if not os.fspath(path):
             raise kind("no path given")

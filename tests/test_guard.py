@@ -320,7 +320,7 @@ def test_what_is_written_replaces_regular_files_alone(kind: str, good: Path, pla
         target.symlink_to("/dev/null") if kind.startswith("link") else None
     path = Path("/dev/null") if kind == "device" else target
     before = os.stat("/dev/null")
-    code, text = _cli("export", good / "folder", "-o", path)
+    code, text = _cli("export", good / "folder", "-o", path, *(["--overwrite"] if kind == "link to a file" else []))
     if kind == "link to a file":
         # Followed: the link stays, and the file behind it is the new one.
         assert (code, target.is_symlink(), other.read_bytes()[:1]) == (0, True, b"\x08")

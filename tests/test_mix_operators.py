@@ -13,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from operator_table import MIXES, MixRow
 from test_operator_geometry import RELIABLE, convolutions
@@ -426,8 +427,15 @@ def test_neutral_start_of_a_pointwise_convolution_is_the_convolution(rule: str, 
     conv, x = nn.Conv2d(4, 6, 1, **options), 100 * torch.randn(2, 4, 7, 6)
     layer = MixRow(rule, naive.perturb, "", "").layer(conv, (7, 6))
     assert layer.centered
-    assert torch.equal(layer(x), conv(x))
-    assert torch.equal(layer.half()(x.half()), conv.half()(x.half()))
+    for dtype in (torch.float32, torch.float16):
+        layer, conv, x = layer.to(dtype), conv.to(dtype), x.to(dtype)
+        wanted = conv(x)
+        if conv.stride != (1, 1):  # the pixels are cut out first, and some CPUs convolve that in another order
+            steps = conv.stride
+            cut = F.conv2d(x[..., :: steps[0], :: steps[1]], conv.weight, conv.bias)
+            torch.testing.assert_close(cut, wanted, rtol=1e-3, atol=1e-3)
+            wanted = cut
+        assert torch.equal(layer(x), wanted)
 
 
 def fit(layer: OperatorLayer, conv: nn.Conv2d, x: Tensor, **options: Any) -> tuple[float, Any]:

@@ -907,9 +907,9 @@ def test_rule_with_a_whole_number_for_a_real_one() -> None:
         ("kerv-pol", "kerv-pol", "unknown operator 'kerv-pol'||did you mean 'kerv-poly'"),
         ("kerv-poly(degre=3)", "degre=3", "kerv-poly has no argument 'degre'||did you mean 'degree'?"),
         ("kerv-l1(gamma=3)", "gamma=3", "kerv-l1 has no argument 'gamma'||kerv-l1 takes no arguments"),
-        ("kerv-poly(degree=0)", "degree=0", "degree wants an integer >= 1, not 0"),
-        ("kerv-poly(balance=1, degree=2.5)", "degree=2.5", "degree wants an integer >= 1, not 2.5"),
-        ("kerv-poly(degree=true)", "degree=true", "degree wants an integer >= 1, not true"),
+        ("kerv-poly(degree=0)", "degree=0", "degree wants an integer from 1 to 64, not 0"),
+        ("kerv-poly(balance=1, degree=2.5)", "degree=2.5", "degree wants an integer from 1 to 64, not 2.5"),
+        ("kerv-poly(degree=true)", "degree=true", "degree wants an integer from 1 to 64, not true"),
         ("kerv-poly(balance=-1)", "balance=-1", "balance wants a number >= 0, not -1"),
         ("kerv-poly(balance=inf)", "balance=inf", "balance wants a number >= 0, not inf"),
         ("kerv-poly(balance=0, learnable=true)", "balance=0", "a learnable balance must start above 0||try balance=1"),
@@ -935,8 +935,8 @@ def test_caret_stands_under_the_argument(text: str, marked: str, message: str) -
 @pytest.mark.parametrize(
     ("make_config", "message"),
     [
-        (lambda: KervPoly(degree=2.0), "degree wants an integer >= 1, not 2.0"),
-        (lambda: KervPoly(degree=True), "degree wants an integer >= 1, not true"),
+        (lambda: KervPoly(degree=2.0), "degree wants an integer from 1 to 64, not 2.0"),
+        (lambda: KervPoly(degree=True), "degree wants an integer from 1 to 64, not true"),
         (lambda: KervPoly(balance=math.nan), "balance wants a number >= 0, not nan"),
         (lambda: KervPoly(learnable="layer"), "learnable wants true or false or channel, not layer"),
         (lambda: KervGauss(gamma=-1), "gamma wants a number > 0, not -1"),

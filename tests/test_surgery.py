@@ -299,8 +299,8 @@ def test_predicates_and_config_objects() -> None:
     [
         ("first-conv->kerv-pol", "unknown operator 'kerv-pol'", (12, 8)),
         ("first-conv->kerv-poly(degre=3)", "kerv-poly has no argument 'degre'", (22, 7)),
-        ("first-conv->kerv-poly(degree=0)", "degree wants an integer >= 1, not 0", (22, 8)),
-        ("first-conv->kerv-poly(degree=2.5)", "degree wants an integer >= 1, not 2.5", (22, 10)),
+        ("first-conv->kerv-poly(degree=0)", "degree wants an integer from 1 to 64, not 0", (22, 8)),
+        ("first-conv->kerv-poly(degree=2.5)", "degree wants an integer from 1 to 64, not 2.5", (22, 10)),
         ("first-conv->kerv-gauss(gamma=true)", "gamma wants a number > 0, not true", (23, 10)),
         ("first-conv->kerv-poly(learnable=maybe)", "learnable wants true or false or channel, not maybe", (22, 15)),
         ("first-conv->kerv-poly(balance=0, learnable)", "a learnable balance must start above 0", (22, 9)),

@@ -31,7 +31,7 @@ from convsurgery.errors import (
 )
 from convsurgery.files import alone
 from convsurgery.geometry import Site
-from convsurgery.graph import Observation, observe
+from convsurgery.graph import Observation, as_arguments, observe
 from convsurgery.operators import OperatorConfig, Start, bind
 from convsurgery.plain import declared
 from convsurgery.rules import PredicateSelector, Rule, Rules, Selector, as_target, parse_selector, parse_target
@@ -107,7 +107,7 @@ def scan(
     batches = [batch for batch, _ in labelled]
     # A copy: a model whose control flow depends on values is observed on them, and may work on them in place.
     inputs: Any = batches[0][:1].clone() if example_inputs is None else example_inputs
-    seen = observe(model, (inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
+    seen = observe(model, as_arguments(inputs))
     label, jobs = _label(model), _jobs(seen, selector, options, _label(model))
     warn_of_random(model=model)
     with contextlib.nullcontext() if output is None else alone(Path(output).expanduser()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from convsurgery import zoo
 from convsurgery.adapt.growth import IMAGES, growth_notes
 from convsurgery.adapt.images import calibration_images
 from convsurgery.errors import ModelError
-from convsurgery.graph import Observation, Template, observe
+from convsurgery.graph import Observation, Template, as_arguments, observe
 from convsurgery.operators import Start
 from convsurgery.plain import declared
 from convsurgery.rules import PatternSelector, Rules, RulesLike, as_rules, parse_selector
@@ -21,7 +21,7 @@ from convsurgery.surgery import Plan, make_plan, unwrap, weights_of
 
 __all__ = ["Inputs", "View", "inputs_for", "look", "pattern", "plan"]
 
-Inputs = Tensor | Sequence[Any] | None
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any] | None
 
 
 def plan(
@@ -37,8 +37,8 @@ def plan(
     Args:
         model: a model, or a timm or ``torchvision/`` name, which is built without allocating its weights.
         rule: as text, ``"first-conv->kerv-poly"``, or as objects: see ``docs/rules.md``.
-        example_inputs: a tensor, or the forward's positional arguments; by default one image of the model's own size,
-            or what torchvision's detection, video and optical flow models take.
+        example_inputs: a tensor, the forward's positional arguments, or a mapping of arguments by keyword; by default
+            one image of the model's own size, or what torchvision's detection, video and optical flow models take.
         start: how new operators begin whose rule does not say it by ``by``: ``neutral(eps)``, ``fit``, ``blend``,
             ``copy``, ``project`` or ``random``; each operator's default when absent. See ``docs/starts.md``.
         calibration: images, as for :func:`convert`: operators that can be fitted then are by default, and the warning
@@ -123,7 +123,5 @@ def _label(model: nn.Module) -> str:
 
 
 def inputs_for(model: nn.Module, example: Inputs) -> tuple[Any, ...]:
-    """The forward's positional arguments: those given, or one image of the model's own size."""
-    if isinstance(example, Tensor):
-        return (example,)
-    return zoo.example_inputs(model) if example is None else tuple(example)
+    """The forward's arguments: those given, or one image of the model's own size."""
+    return zoo.example_inputs(model) if example is None else as_arguments(example)

@@ -14,11 +14,14 @@ from convsurgery.cli.coverage import coverage
 from convsurgery.cli.measuring import DataDir, Dataset, Images, Seed, calibrate, calibration_data, choose, scan
 from convsurgery.cli.options import (
     AsJson,
+    Channels,
     Checkpoint,
     Classes,
     Folder,
     ImageSize,
+    Keywords,
     ModelName,
+    NewHead,
     Overwrite,
     Pretrained,
     RuleText,
@@ -76,12 +79,17 @@ def plan(
     start: StartText = None,
     num_classes: Classes = None,
     img_size: ImageSize = None,
+    in_chans: Channels = None,
+    model_kwargs: Keywords = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what convert would do; no weights are loaded."""
     import convsurgery as cs
 
-    made = cs.plan(open_model(model, num_classes=num_classes, img_size=img_size, meta=True), rule, start=start)
+    built = open_model(
+        model, num_classes=num_classes, img_size=img_size, in_chans=in_chans, model_kwargs=model_kwargs, meta=True
+    )
+    made = cs.plan(built, rule, start=start)
     typer.echo(made.to_json(indent=1) if as_json else str(made))
 
 
@@ -94,6 +102,9 @@ def convert(
     checkpoint: Checkpoint = None,
     num_classes: Classes = None,
     img_size: ImageSize = None,
+    in_chans: Channels = None,
+    model_kwargs: Keywords = None,
+    new_head: NewHead = False,
     dataset: Dataset = None,
     data_dir: DataDir = None,
     images: Images = 256,
@@ -107,7 +118,7 @@ def convert(
     from convsurgery.adapt.images import calibration_images
 
     free_output("convert", output, overwrite)
-    source = open_model(model, pretrained, checkpoint, num_classes, img_size)
+    source = open_model(model, pretrained, checkpoint, num_classes, img_size, in_chans, model_kwargs, new_head)
     data = calibration_data(source, dataset, data_dir)
     if data is not None:
         data = calibration_images(data, source, images=images, seed=seed)

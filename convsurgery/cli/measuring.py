@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convsurgery.cli.options import (
+    Channels,
     Checkpoint,
     Classes,
     Folder,
     ImageSize,
+    Keywords,
     ModelName,
+    NewHead,
     Overwrite,
     Pretrained,
     free_output,
@@ -109,6 +112,9 @@ def scan(
     checkpoint: Checkpoint = None,
     num_classes: Classes = None,
     img_size: ImageSize = None,
+    in_chans: Channels = None,
+    model_kwargs: Keywords = None,
+    new_head: NewHead = False,
 ) -> None:
     """Replace one convolution at a time and measure what is lost and saved."""
     import convsurgery as cs
@@ -116,7 +122,7 @@ def scan(
     from convsurgery.adapt.progress import LayerProgress
 
     alone_among_processes("scan")
-    source = open_model(model, pretrained, checkpoint, num_classes, img_size)
+    source = open_model(model, pretrained, checkpoint, num_classes, img_size, in_chans, model_kwargs, new_head)
     bar = LayerProgress("scanning", None, show=True)
     try:
         found = cs.scan(

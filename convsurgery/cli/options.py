@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,11 +14,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsJson",
+    "Channels",
     "Checkpoint",
     "Classes",
     "Folder",
     "ImageSize",
+    "Keywords",
     "ModelName",
+    "NewHead",
     "Overwrite",
     "Pretrained",
     "RuleText",
@@ -48,6 +52,14 @@ Pretrained = Annotated[bool, typer.Option("--pretrained", help="Load the publish
 Checkpoint = Annotated[
     Path | None, typer.Option(help="Load weights from a file: .safetensors, or .pth (tensors only, no code).")
 ]
+Channels = Annotated[int | None, typer.Option("--in-chans", help="Channels of the input image.")]
+Keywords = Annotated[
+    list[str] | None,
+    typer.Option("--model-kwargs", metavar="NAME=VALUE", help="Further argument of the model's builder; repeatable."),
+]
+NewHead = Annotated[
+    bool, typer.Option("--new-head", help="Keep a fresh classifier where the checkpoint has other classes.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -68,6 +80,9 @@ def open_model(
     checkpoint: Path | None = None,
     num_classes: int | None = None,
     img_size: int | None = None,
+    in_chans: int | None = None,
+    model_kwargs: list[str] | None = None,
+    new_head: bool = False,
     meta: bool = False,
 ) -> nn.Module:
     """The model a command-line argument names: a saved folder, or a model to build."""
@@ -79,9 +94,10 @@ def open_model(
     if note:
         typer.echo(note, err=True)
     if folder is not None:
-        if pretrained or checkpoint or num_classes or img_size:
+        if pretrained or checkpoint or num_classes or img_size or in_chans or model_kwargs or new_head:
             raise ModelError(
-                f"{name} is a saved model: --pretrained, --checkpoint, --num-classes, --img-size are settled"
+                f"{name} is a saved model: --pretrained, --checkpoint, --new-head, --num-classes, --img-size, "
+                "--in-chans and --model-kwargs are settled"
             )
         return cs.load(folder)
     return cs.create_model(
@@ -91,7 +107,30 @@ def open_model(
         num_classes=num_classes,
         img_size=img_size,
         device="meta" if meta else None,
+        new_head=new_head,
+        **({} if in_chans is None else {"in_chans": in_chans}),
+        **_keywords(model_kwargs or ()),
     )
+
+
+def _keywords(texts: Iterable[str]) -> dict[str, Any]:
+    """``name=value`` texts as arguments; values as YAML has them: numbers, true, null, [1, 2], words."""
+    import yaml
+
+    from convsurgery.errors import ModelError
+
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or not name.strip().isidentifier():
+            raise ModelError(f"--model-kwargs {text}: written name=value, e.g. --model-kwargs drop_path_rate=0.1")
+        if name.strip() in found:
+            raise ModelError(f"--model-kwargs {name.strip()} is given twice")
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ModelError(f"--model-kwargs {text}: {value!r} is no number, word or list") from None
+    return found
 
 
 def teacher_named(wanted: str | None, model: nn.Module) -> tuple[nn.Module | None, str]:

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,10 @@ def _inputs(model: nn.Module, example: Tensor | Sequence[Tensor] | None, dynamic
     if example is None:
         # A batch of 1 would be taken for a constant.
         return (torch.rand(2, *zoo.input_size(model), generator=torch.Generator().manual_seed(0)),)
+    if isinstance(example, Mapping):
+        raise ExportError(
+            "a file's inputs are positional: wrap the model in a module whose forward(image) calls it by keyword"
+        )
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     if dynamic and inputs[0].shape[0] == 1:
         inputs = tuple(torch.cat([x, x]) for x in inputs)

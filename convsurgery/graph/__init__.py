@@ -1,5 +1,6 @@
 """Reads models, changes nothing: sites, tracing, patterns."""
 
+from convsurgery.graph.arguments import as_arguments, call
 from convsurgery.graph.blocks import Candidate, find_blocks
 from convsurgery.graph.calls import count_calls
 from convsurgery.graph.copying import copy_model
@@ -16,6 +17,8 @@ __all__ = [
     "Region",
     "Template",
     "aliases",
+    "as_arguments",
+    "call",
     "copy_model",
     "count_calls",
     "find_blocks",

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._pytree import tree_map_only
 
 from convsurgery.graph.alone import quietly
+from convsurgery.graph.arguments import call
 from convsurgery.graph.executed import Executed
 from convsurgery.graph.running import NoProducts, fake, placed, skeleton_of, stand_in
 
@@ -30,7 +31,7 @@ def count_calls(
 
     Args:
         model: not run and not changed.
-        inputs: the forward's positional arguments.
+        inputs: the forward's arguments.
         new: modules of ``model``, by a name for each.
         old: convolutions that are no part of it any more.
 
@@ -65,7 +66,7 @@ def _counted(
     strays |= {id(module): name for name, module in old.items()}
     executed = Executed(root, [], strays)
     with quietly(), torch.no_grad(), mode or NoProducts(), executed:  # type: ignore[no-untyped-call]
-        root(*given)
+        call(root, given)
     return calls, executed.astray
 
 

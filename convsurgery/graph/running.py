@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from convsurgery.errors import ModelError
 from convsurgery.geometry import OtherConv
 from convsurgery.graph.alone import quietly
+from convsurgery.graph.arguments import Keywords, call
 from convsurgery.graph.copying import UNCOPIED, computed_attributes, copy_model, copy_modules
 from convsurgery.graph.executed import Executed
 from convsurgery.graph.holders import held_values, holders
@@ -127,7 +128,7 @@ def _materialised(model: nn.Module, inputs: Sequence[Any]) -> nn.Module:
     copied = copy_model(model).eval()
     try:
         with torch.no_grad():
-            copied(*inputs)
+            call(copied, inputs)
     except Exception as error:
         raise _does_not_run(model, inputs, error) from error
     return copied
@@ -259,7 +260,7 @@ def _observed(
     products = mode or NoProducts()  # type: ignore[no-untyped-call]
     executed = Executed(root, watch.running, strays, watch.direct)
     with hooked(convs, root, watch), torch.no_grad(), products, executed, reads:
-        root(*inputs)
+        call(root, inputs)
     others = executed.others({name: call.calls for name, call in watch.calls.items()}, watch.scripted)
     return Run(
         root, mode, watch.calls, watch.norms, reads.found, others, direct=frozenset(watch.bypassed)
@@ -273,11 +274,16 @@ def _does_not_run(model: nn.Module, inputs: Sequence[Any], error: Exception) -> 
     lines = [f"the model does not run on inputs of shape {shapes}: {reason}", *_sizes(model, inputs)]
     try:
         signature = inspect.signature(model.forward)
-        needed = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind in _POSITIONAL]
+        wanted = [p for p in signature.parameters.values() if p.default is p.empty]
     except (TypeError, ValueError):  # a forward made in C++ has no signature
-        needed = []
+        wanted = []
+    needed = [p.name for p in wanted if p.kind in _POSITIONAL]
+    given = {name for argument in inputs if isinstance(argument, Keywords) for name in argument}
+    by_name = [p.name for p in wanted if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in given]
     if type(model).__module__.startswith("torchvision.models.detection") and hasattr(model, "transform"):
         lines.append("detection models take a list of images: pass example_inputs=([image, ...],), each (C, H, W)")
+    elif by_name:
+        lines.append(f"its forward takes {', '.join(by_name)} by keyword: pass example_inputs={{{by_name[0]!r}: …}}")
     elif len(needed) > len(inputs):
         lines.append(f"its forward takes {', '.join(needed)}: pass example_inputs=({', '.join(needed)})")
     else:

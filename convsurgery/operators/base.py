@@ -64,8 +64,8 @@ def option(
     kinds = kind if isinstance(kind, tuple) else (kind,)
     # Where absence is the default, it need not be told as a choice.
     told = tuple(choice for choice in choices if choice is not None or default is not None)
-    metadata = {"help": help, "kinds": kinds, "least": least, "above": above, "choices": tuple(choices), "told": told}
-    metadata["most"] = most
+    bounds = {"least": least, "above": above, "most": most}
+    metadata = {"help": help, "kinds": kinds, **bounds, "choices": tuple(choices), "told": told}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -73,12 +73,13 @@ def _legal(metadata: Mapping[str, Any]) -> str:
     words = []
     for kind in metadata["kinds"]:
         word = {int: "an integer", float: "a number", bool: "true or false", str: "a word"}[kind]
-        if metadata["least"] is not None and kind is not bool:
-            word += f" >= {metadata['least']:g}"
+        least, most = metadata["least"], metadata["most"]
+        if least is not None and most is not None and kind is not bool:
+            word += f" from {least:g} to {most:g}"
+        elif least is not None and kind is not bool:
+            word += f" >= {least:g}"
         if metadata["above"] is not None and kind is not bool:
             word += f" > {metadata['above']:g}"
-        if metadata.get("most") is not None and kind is not bool:
-            word += f" and <= {metadata['most']:g}"
         words.append(word)
     words += [str(choice).lower() for choice in metadata["told"]]
     return " or ".join(words)
@@ -99,7 +100,7 @@ def _accept(name: str, value: Any, metadata: Mapping[str, Any]) -> Any:
             break
         if metadata["above"] is not None and number is not None and number <= metadata["above"]:
             break
-        if metadata.get("most") is not None and number is not None and number > metadata["most"]:
+        if metadata["most"] is not None and number is not None and number > metadata["most"]:
             break
         return value
     raise ArgumentError(name, f"{name} wants {_legal(metadata)}, not {str(value).lower()}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -64,21 +64,25 @@ class _Run:
             raise RecipeError(f"{self.folder} is no folder: name another output")
         if self.folder.exists() and any(self.folder.iterdir()) and not self.overwrite:
             raise RecipeError(f"{self.folder} holds an earlier run: name another output, or overwrite it (--overwrite)")
+        began = time.perf_counter()
+        torch.manual_seed(self.recipe.seed)
+        model, data = self._read()
         with alone(self.folder):
-            return self._run()
+            return self._run(model, data, began)
 
-    def _run(self) -> nn.Module:
-        recipe, began = self.recipe, time.perf_counter()
-        torch.manual_seed(recipe.seed)
-        model = self._model()
-        # Rules and data are read before anything takes time.
+    def _read(self) -> tuple[nn.Module, Any]:
+        """Model, rules and data, before anything takes time or is written."""
+        recipe, model = self.recipe, self._model()
         if recipe.convert is not None:
             rules = as_rules(recipe.convert.rule)
             if auto_rule(rules) is None:
                 api.plan(model, rules, start=recipe.convert.start)
             elif recipe.calibrate is None:
                 raise RecipeError("auto(...) chooses by measurement: give the recipe a step calibrate, with images")
-        data = self._data(model, augment=True)
+        return model, self._data(model, augment=True)
+
+    def _run(self, model: nn.Module, data: Any, began: float) -> nn.Module:
+        recipe = self.recipe
         if recipe.pretrain is not None:
             self._say(f"train {recipe.model.name}")
             api.finetune(model, data, config=recipe.pretrain)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from convsurgery import zoo
 from convsurgery.errors import ConversionError, warn
-from convsurgery.graph import count_calls
+from convsurgery.graph import as_arguments, count_calls
 from convsurgery.surgery.plan import Plan
 
 __all__ = ["Placed", "carry_attributes", "check_calls"]
@@ -91,7 +91,7 @@ def check_calls(
     """
     if not placed:
         return
-    inputs, known = (tuple(example_inputs), True) if example_inputs is not None else _inputs_of(model, plan)
+    inputs, known = (as_arguments(example_inputs), True) if example_inputs is not None else _inputs_of(model, plan)
     new = {f"{number}": item.module for number, item in enumerate(placed)}
     remaining = {id(module) for module in model.modules()}
     gone = {name: module for name, module in old.items() if id(module) not in remaining}

@@ -40,6 +40,7 @@ def create_model(
     num_classes: int | None = None,
     img_size: int | tuple[int, int] | None = None,
     device: str | torch.device | None = None,
+    new_head: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Build a model by its timm or torchvision name, in eval mode.
@@ -57,6 +58,7 @@ def create_model(
         img_size: height and width in pixels, one number when they are equal. Handed to models bound to one size,
             recorded for :func:`input_size` otherwise.
         device: where to; "meta" builds without allocating any weights.
+        new_head: whether a classifier may start afresh where ``checkpoint`` has another number of classes.
         kwargs: handed to timm's ``create_model`` or torchvision's builder.
 
     Raises:
@@ -95,7 +97,7 @@ def create_model(
             model, base, origin = build(name, asked, pretrained, False)
         model.to("meta")
     if state is not None:
-        own_head = copy_weights(model, state, str(checkpoint), new_head=pretrained)
+        own_head = copy_weights(model, state, str(checkpoint), new_head=pretrained or new_head)
         origin = Origin(f"checkpoint {Path(str(checkpoint)).name}", new_head=own_head)
     note_origin(model, origin)
     if base is not None:

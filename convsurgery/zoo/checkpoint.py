@@ -227,7 +227,10 @@ def _mismatch(model: nn.Module, state: dict[str, Tensor]) -> str:
         lines.append(f"  other shapes: {_some(shapes, '; ')}")
     if _only_head(model, differing) and not missing and not unexpected:
         classes = next(iter(differing.values()))[0][0]
-        lines.append(f"only the classifier differs: --num-classes {classes} (num_classes={classes}) fits this file")
+        lines.append(
+            f"only the classifier differs: --num-classes {classes} (num_classes={classes}) fits this file, "
+            "and --new-head (new_head=True) leaves the model's own classifier as it is"
+        )
     return "\n".join(lines)
 
 
