@@ -91,12 +91,14 @@ def export_onnx(
             raise ExportError(f"cannot write {target}: no such writable folder")
     except StorageError as error:
         raise ExportError(str(error)) from error
-    reduced = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32})
+    original = unwrap(model)
+    reduced = sorted(
+        {str(p.dtype) for p in original.parameters() if p.is_floating_point() and p.dtype != torch.float32}
+    )
     if reduced:
         raise ExportError(
             f"export wants a float32 model, this one holds {', '.join(reduced)}: call model.float() first"
         )
-    original = unwrap(model)
     if zoo.input_kind(original) == "detection":
         raise ExportError(
             "detection models are not exported: how many boxes they return depends on values. Export the part that "

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from convsurgery.adapters import adapter_for
@@ -177,7 +178,11 @@ def _blocked(module: nn.Module, read_outside: bool) -> str | None:
     if is_parametrized(module):
         return "its weight is parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it plain"
     if type(module) is not nn.Conv2d and adapter_for(module) is None:
-        return f"a subclass of Conv2d ({type(module).__name__}) whose forward may differ; register_adapter can teach it"
+        if isinstance(module, LazyModuleMixin):
+            return "a LazyConv2d has no weights before its first run: run the model once, then convert"
+        kind = type(module)
+        name = f"{kind.__module__}.Conv2d" if kind.__name__ == "Conv2d" else kind.__name__
+        return f"a subclass of Conv2d ({name}) whose forward may differ; register_adapter can teach it"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "its weight is recomputed by a hook (weight norm, pruning)"
     if read_outside:

@@ -111,8 +111,9 @@ class _Parser:
     def unclosed(self, opening: _Token, closing: str, behind: str, hint: str = "") -> RuleError:
         token = self.peek()
         if token is None or token.text in ("->", ";"):
+            told = f"expected ',' or {closing!r} after {behind}"
             return self.error(
-                f"{opening.text!r} is never closed", opening, f"expected ',' or {closing!r} after {behind}"
+                f"{opening.text!r} is never closed", opening, f"{told}\n{hint}" if token is not None and hint else told
             )
         return self.expected(f"',' or {closing!r} after {behind}", hint)
 
@@ -152,18 +153,20 @@ class _Parser:
             return bare
         tests = [self.test()]
         while not self.take_sign("]"):
+            named = isinstance(KEYS[tests[-1].key], TextKey)
             if not self.take_sign(","):
-                raise self.unclosed(opening, "]", str(tests[-1]))
-            tests.append(self.test())
+                raise self.unclosed(opening, "]", str(tests[-1]), _IN_A_NAME if named else "")
+            tests.append(self.test(named))
         return Selector(place.text, tuple(tests), source=self.source(place.start, place=place))
 
-    def test(self) -> Test:
+    def test(self, after_name: bool = False) -> Test:
         key = self.take(_WORD)
         if key is None:
             raise self.expected("a test such as k=3")
         known = KEYS.get(key.text)
         if known is None:
-            raise self.error(f"unknown test {key.text!r}", key, nearest(key.text, KEYS))
+            hint = nearest(key.text, KEYS)
+            raise self.error(f"unknown test {key.text!r}", key, f"{hint}\n{_IN_A_NAME}" if after_name else hint)
         op = self.take(_SIGNS)
         if op is None:
             raise self.expected(f"a comparison after {key.text}", "one of " + " ".join(OPERATORS))
@@ -313,6 +316,9 @@ def _only_text(text: object, what: str) -> None:
         raise RuleError(f"{what} is read from a text, not from a value of type {type(text).__name__}", hint=_EXAMPLE)
 
 
+_IN_A_NAME: Final = "of a name, the signs , ; = and -> are written ? in a glob, or the whole as a /regex/"
+
+
 def parse(text: str) -> Rules:
     """Read rules.
 
@@ -320,6 +326,13 @@ def parse(text: str) -> Rules:
     'first-conv[k=3]->kerv-poly(learnable=true)'
     """
     _only_text(text, "a rule")
+    if text.rstrip().endswith("-") and ">" not in text:
+        raise RuleError(
+            "the rule ends where its arrow begins",
+            text,
+            len(text.rstrip()) - 1,
+            hint="a shell takes '>' for itself and writes a file of that name: put the rule in quotes",
+        )
     return _parse(text)
 
 

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+
 from convsurgery.errors import ArgumentError, ConversionError, NoMatchError, RuleError, nearest
 from convsurgery.geometry import Block, Cost, Site
 from convsurgery.graph import Candidate, Observation, Template, find_blocks
 from convsurgery.operators import Blend, OperatorConfig, Start, bind, list_operators, operator
-from convsurgery.rules import BY, AutoTarget, PatternSelector, Rule, Rules, Selector, Target, failed_tests
+from convsurgery.rules import (
+    BY,
+    AutoTarget,
+    Glob,
+    PatternSelector,
+    Rule,
+    Rules,
+    Selector,
+    Target,
+    Test,
+    failed_tests,
+)
 from convsurgery.surgery.owners import fold_notes
 from convsurgery.surgery.plan import Entry, Plan
 
@@ -172,7 +186,9 @@ class _Decision:
         if not self.seen.sites:
             hint = "what it has instead:\n" + "\n".join(f"  {other}" for other in self.seen.others)
             return NoMatchError("the model has no Conv2d", str(self.rules), hint=hint if self.seen.others else "")
-        shown = list(dict.fromkeys(f"  {label}: {reason}" for _, _, label, reason in sorted(self.misses)))
+        wanted = [str(test.value) for rule in self.rules for test in _tests(rule) if _names(test)]
+        ranked = sorted(self.misses, key=lambda miss: (miss[0], -_likeness(miss[2], wanted), *miss))
+        shown = list(dict.fromkeys(f"  {label}: {reason}" for _, _, label, reason in ranked))
         more = [f"  … and {len(shown) - 5} more"] if len(shown) > 5 else []
         hint = "near misses:\n" + "\n".join(shown[:5] + more) if shown else "nothing in the model looks like it"
         structural = all(rule.selector.structural for rule in self.rules)
@@ -180,6 +196,20 @@ class _Decision:
             hint += f"\npatterns are found where FX traces; the model was seen by {self.seen.seen}"
         message = "no part of the model matches" if structural else "no convolution matches"
         return NoMatchError(message, str(self.rules), 0, len(str(self.rules)), hint=hint)
+
+
+def _tests(rule: Rule) -> tuple[Test, ...]:
+    return getattr(rule.selector, "tests", ())
+
+
+def _names(test: Test) -> bool:
+    """Whether a test asks for one name."""
+    return test.key == "name" and isinstance(test.value, Glob) and test.value.literal
+
+
+def _likeness(name: str, wanted: Sequence[str]) -> float:
+    """How alike a name is to the nearest of those that rules ask for, from 0 to 1."""
+    return max((SequenceMatcher(None, name, other).ratio() for other in wanted), default=0.0)
 
 
 #: starts that take the convolution's own Parameter objects over
