@@ -52,6 +52,12 @@ def test_regular_expressions_end(pattern: str) -> None:
     assert time.perf_counter() - began < 30
 
 
+@pytest.mark.parametrize("pattern", ["(a{60000}){60000}", "(((a{99}){99}){99}){99}", "(?:x{0,9999}){99}", "a" * 3000])
+def test_expressions_that_grow_when_they_are_compiled(pattern: str) -> None:
+    with pytest.raises(RuleError, match="is too large for a name"):
+        cs.parse(f"conv[name=/{pattern}/]->conv")
+
+
 def test_an_expression_that_takes_too_long_is_shown() -> None:
     with pytest.raises(RuleError) as caught:
         cs.plan(Named(), "conv[k=1, name=/(a|a)*$/]->conv", example_inputs=X)
@@ -89,7 +95,7 @@ def test_auto_is_not_nested() -> None:
             cs.parse("all-conv->" + "auto(" * depth + "conv" + ")" * depth)
 
 
-@pytest.mark.parametrize("value", [None, 3, b"all-conv->conv", [], {}, object()])
+@pytest.mark.parametrize("value", [None, 3, b"all-conv->conv", [], {}, object()], ids=range(6))
 def test_rules_are_texts(value: Any) -> None:
     with pytest.raises(RuleError, match="a rule is read from a text"):
         cs.parse(value)
@@ -98,7 +104,7 @@ def test_rules_are_texts(value: Any) -> None:
             cs.plan(net(), value, example_inputs=X)
 
 
-@pytest.mark.parametrize("value", [None, 3, "text", object(), nn.Conv2d])
+@pytest.mark.parametrize("value", [None, 3, "text", object(), nn.Conv2d], ids=range(5))
 def test_models_are_modules(value: Any, tmp_path: Path) -> None:
     for use in (
         lambda: cs.convert(value, "all-conv->conv"),
@@ -153,7 +159,7 @@ CONFIGS = [3, "x", [1], {"input_size": "big"}, {"input_size": (3, -1, 5)}, {"inp
 CONFIGS += [{"input_size": (3,)}, {"input_size": None}, {"architecture": 3}, {1: 2}, object(), {"first_conv": 7}]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
 def test_what_a_model_says_of_itself_may_be_anything(config: Any, tmp_path: Path) -> None:
     model = net()
     model.pretrained_cfg = config

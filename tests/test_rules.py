@@ -205,7 +205,7 @@ def test_regex_has_one_spelling_for_a_slash():
         ("conv[name=]->x", "name wants a glob or a /regex/, e.g. name=layer1.*", "          ^", ""),
         ("conv[in='a']->x", "in wants a glob or a /regex/, e.g. in=Bottleneck", "        ^", ""),
         ("conv[name=/(/]->x", "the regular expression /(/ is not valid: missing )", "          ^^^", ""),
-        ("conv[name=/a{" + "9" * 30 + "}/]->x", "repeat count too big", " " * 10 + "^" * 35, ""),
+        ("conv[name=/a{" + "9" * 30 + "}/]->x", "is too large for a name", " " * 10 + "^" * 35, ""),
         ("conv[name=//]->x", "a regular expression must not be empty", "          ^^", ""),
         ("conv[name=/a]->x", "'/' opens a regular expression that is never closed", "          ^", r"write '\/'"),
         ("conv[k=3,k=3]->x", "the test k=3 is written twice", "         ^^^", ""),

@@ -44,6 +44,10 @@ _CONSTANTS: Final[dict[str, bool | None]] = {"true": True, "false": False, "none
 
 #: an expression such as ``(a+)+$`` may take longer than the age of the universe
 _SECONDS: Final = 1.0
+#: signs of an expression, and what the counts of its repetitions may multiply to: they are written out when compiled
+_LONGEST: Final = 2000
+_REPEATED: Final = 10_000
+_COUNT: Final = re.compile(r"[{,](\d{1,30})(?=[},])")
 
 ArgValue = bool | int | float | str | None
 
@@ -107,6 +111,9 @@ class Regex:
         object.__setattr__(self, "pattern", plain)
         if not plain or "\n" in plain:
             raise RuleError("a regular expression must not be empty or hold a line break", hint=r"write '\n' for one")
+        counts = [int(count) for count in _COUNT.findall(plain)]
+        if len(plain) > _LONGEST or math.prod(max(1, count) for count in counts) > _REPEATED:
+            raise RuleError(f"the regular expression /{self.pattern[:40]}…/ is too large for a name")
         import regex  # for its time limit; it takes what re takes
 
         try:
