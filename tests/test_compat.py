@@ -226,8 +226,17 @@ def test_reparameterisation_by_timm(name: str) -> None:
     assert told - {"same"}
     ready = timm.utils.reparameterize_model(model)
     assert close(cs.convert(ready, "all-conv->kerv-poly")(x), model(x))
-    if name != "repghostnet_050":
+    if name not in ("repghostnet_050", "lcnetv2_base", "nextvit_small", "ghostnetv3_050"):
         assert any("can fold its convolutions by" in note for note in cs.plan(model, "all-conv->kerv-poly").notes)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["shvit_s1", "iformer_t", "efficientvim_m1", "efficientvit_m0", "ghostnetv3_050", "lcnetv2_base", "nextvit_small"],
+)
+def test_reparameterisation_of_more_of_timm(name: str) -> None:
+    needs("ultralytics", "compat")  # a minute, for those who asked for the long way
+    test_reparameterisation_by_timm(name)
 
 
 @pytest.mark.parametrize("config", ["yolov8n.yaml", "yolo11n.yaml", "yolov10n.yaml", "yolov5n.yaml"])

@@ -222,3 +222,18 @@ def test_tied_parameters_stay_tied(tmp_path: Path) -> None:
         text = str(cs.plan(model, rule, example_inputs=X))
         assert "a and b share their filters" in " ".join(text.split()), rule
     assert "share their filters" not in str(cs.plan(model, "all-conv->kerv-poly", example_inputs=X))
+
+
+@pytest.mark.parametrize("operator", ["pnn", "pnn by random", "lbc", "linear-mix(extend=true)"])
+@pytest.mark.parametrize("options", [{"kernel_size": 1}, {"kernel_size": 3, "groups": 4}], ids=["1x1", "depthwise"])
+def test_the_originals_checkpoint_is_known_by_layers_with_weights_of_their_own(
+    operator: str, options: dict[str, Any]
+) -> None:
+    model, x = nn.Sequential(nn.Conv2d(4, 4, **options)), torch.randn(2, 4, 9, 9)
+    new = cs.convert(model, f"all-conv->{operator}", example_inputs=x)
+    before, own = new(x), {key: value.clone() for key, value in new.state_dict().items()}
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"look like the weights of the model before its conversion"):
+            new.load_state_dict(model.state_dict(), strict=strict)
+    new.load_state_dict(own)
+    assert torch.equal(new(x), before)

@@ -307,6 +307,9 @@ class Kervolution2d(OperatorLayer):
         """What to change where this kernel hardly answers to its input any more; None where it does."""
         return None
 
+    def takes_filters(self) -> bool:
+        return True
+
     # -- state: constants may be absent, scalars or vectors, and the file decides
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
