@@ -260,3 +260,62 @@ def test_same_padding_survives_the_export(rule: str, tmp_path: Path) -> None:
     model = cs.create_model("tf_mobilenetv3_small_minimal_100", num_classes=5, img_size=49)
     new = cs.convert(model, rule)
     assert cs.export_onnx(new, tmp_path / "model.onnx", example_inputs=torch.rand(2, 3, 49, 49)).error < 1e-4
+
+
+class Siamese(nn.Module):
+    """One network, called with two images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+        return self.head((self.net(one) - self.net(two)).mean((2, 3)))
+
+
+class Repeated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.conv(self.conv(x)))
+
+
+@pytest.mark.parametrize(("operator", "inline"), [("kerv-gauss", False), ("kerv-poly", True), ("pnn", False)])
+def test_modules_that_are_called_several_times(operator: str, inline: bool, tmp_path: Path) -> None:
+    images = (torch.randn(2, 3, 12, 12), torch.randn(2, 3, 12, 12))
+    for kind, inputs, names in (
+        (Siamese, images, ["net.0", "net.0 (2)", "net.3", "net.3 (2)"]),
+        (Repeated, images[:1], ["conv", "conv (2)", "conv (3)"]),
+    ):
+        model = cs.convert(kind().eval(), f"all-conv->{operator}", example_inputs=inputs)
+        if operator in ("kerv-poly", "kerv-gauss"):
+            cs.set_nonlinearity(model, 0.3)
+        path = tmp_path / f"{kind.__name__}.onnx"
+        assert cs.export_onnx(model, path, inline=inline, example_inputs=inputs) is not None
+        if not inline:
+            assert sorted(node.name for node in onnx.load(path).graph.node if node.domain) == names
+
+
+def test_the_call_that_differs_is_found(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 12, 12)
+    model = cs.convert(Repeated().eval(), "all-conv->kerv-gauss", example_inputs=x)
+    cs.set_nonlinearity(model, 0.3)
+    cs.export_onnx(model, tmp_path / "m.onnx", example_inputs=x)
+    assert cs.verify_onnx(tmp_path / "m.onnx", model, example_inputs=x) is not None
+    with torch.no_grad():
+        model.conv.weight.mul_(1.5)
+    with pytest.raises(ParityError, match=r"The first node that differs: conv \("):
+        cs.verify_onnx(tmp_path / "m.onnx", model, example_inputs=x)
+
+
+@pytest.mark.parametrize("rule", ["first-conv->kerv-poly; last-conv->pnn", "conv-bn->fused"])
+def test_the_base_is_in_the_metadata(rule: str, tmp_path: Path) -> None:
+    import timm
+
+    new = cs.convert(timm.create_model("resnet18").eval(), rule)
+    cs.export_onnx(new, tmp_path / "m.onnx", verify=False)
+    props = {prop.key: prop.value for prop in onnx.load(tmp_path / "m.onnx").metadata_props}
+    assert json.loads(props["convsurgery.base"]) == {"name": "resnet18.a1_in1k", "kwargs": {}}

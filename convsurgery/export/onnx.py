@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from convsurgery.export.parity import BATCHES, NODES, TOLERANCE, Parity, check_p
 from convsurgery.files import output_file, refuse_existing, writing
 from convsurgery.operators import OperatorLayer
 from convsurgery.operators.onnx import DOMAIN
-from convsurgery.surgery import Record, fuse, record, unwrap
+from convsurgery.surgery import Record, changed_names, fuse, record, unwrap
 
 __all__ = ["DEFAULT_OPSET", "OPSETS", "export_onnx"]
 
@@ -204,14 +205,17 @@ def _last_line(error: BaseException) -> str:
 
 def _finish(proto: onnx.ModelProto, model: nn.Module, inline: bool) -> None:
     """Function bodies or their inlining, metadata, and no traces of the machine it was made on."""
-    modules = {}
+    modules: dict[str, str] = {}
+    calls: Counter[str] = Counter()
     for node in proto.graph.node:
         props = {prop.key: prop.value for prop in node.metadata_props}
         if node.domain == DOMAIN:
             scopes = json.loads(props.get("pkg.torch.onnx.name_scopes", "[]").replace("'", '"'))
             module = scopes[-2] if len(scopes) > 1 else ""
             modules[node.output[0]] = module
-            node.name = module or node.name
+            calls[module] += 1
+            # A module that is called twice is two nodes, and their names must differ.
+            node.name = (module if calls[module] == 1 else f"{module} ({calls[module]})") if module else node.name
         del node.metadata_props[:]
     custom = list(custom_nodes(proto))
     if custom:
@@ -226,10 +230,9 @@ def _finish(proto: onnx.ModelProto, model: nn.Module, inline: bool) -> None:
         kept = [o for o in proto.opset_import if o.domain != DOMAIN]
         del proto.opset_import[:]
         proto.opset_import.extend(kept)
-    base = zoo.identify(
-        model, ignore={name for entry in (record(model) or Record(())).edits for name in entry.site.names}
-    )
-    plans = [plan.to_dict() for plan in (record(model) or Record(())).plans]
+    done = record(model) or Record(())
+    base = zoo.identify(model, ignore=changed_names(done))
+    plans = [plan.to_dict() for plan in done.plans]
     onnx.helper.set_model_props(
         proto,
         {

@@ -6,7 +6,7 @@ from convsurgery.surgery.decide import make_plan
 from convsurgery.surgery.dial import nonlinearity, set_nonlinearity
 from convsurgery.surgery.fuse import fuse
 from convsurgery.surgery.plan import Entry, Plan
-from convsurgery.surgery.record import Record, record, unwrap, weights_of
+from convsurgery.surgery.record import Record, changed_names, record, unwrap, weights_of
 from convsurgery.surgery.storage import load, load_weights, named_folder, save
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "apply_",
     "blend_modules",
     "blends",
+    "changed_names",
     "finish_blend",
     "fuse",
     "load",

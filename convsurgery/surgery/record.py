@@ -13,7 +13,7 @@ from convsurgery.errors import ModelError
 from convsurgery.operators import Start
 from convsurgery.surgery.plan import Entry, Plan
 
-__all__ = ["Record", "add_to_record", "record", "restore_record", "set_record", "unwrap", "weights_of"]
+__all__ = ["Record", "add_to_record", "changed_names", "record", "restore_record", "set_record", "unwrap", "weights_of"]
 
 _ATTRIBUTE = "_convsurgery_record"
 
@@ -89,3 +89,13 @@ def add_to_record(model: nn.Module, plan: Plan, norms: Mapping[str, float], befo
     """Note on ``model`` that ``plan`` was carried out on ``before`` (the same object but for a root convolution)."""
     old = record(before) or Record(())
     set_record(model, dataclasses.replace(old, plans=(*old.plans, plan), norms={**old.norms, **norms}))
+
+
+def changed_names(done: Record) -> set[str]:
+    """Names of modules that differ from the base's: replaced, rescaled or folded away."""
+    changed = {name for entry in done.edits for name in entry.site.names} | set(done.norms)
+    for block in (entry.block for entry in done.edits if entry.block is not None):
+        changed |= {*block.members, *(() if block.chain else (block.owner,))}
+    if done.fused:
+        changed |= {entry.site.batchnorm for entry in done.edits if entry.site.batchnorm}
+    return changed

@@ -27,7 +27,7 @@ from convsurgery.surgery.folder import CONFIG, FORMAT, WEIGHTS, digest_of, pendi
 from convsurgery.surgery.fuse import fuse
 from convsurgery.surgery.plan import Plan
 from convsurgery.surgery.rebuilt import difference, wrapped_inside
-from convsurgery.surgery.record import Record, record, set_record, unwrap, weights_of
+from convsurgery.surgery.record import Record, changed_names, record, set_record, unwrap, weights_of
 from convsurgery.surgery.weights import describe, digest, header, load_weights
 
 __all__ = ["CONFIG", "FORMAT", "WEIGHTS", "load", "load_weights", "named_folder", "read_weights_of", "save"]
@@ -93,7 +93,7 @@ def save(
         )
     _check_state(model)
     done = record(model) or Record(())
-    known = zoo.Base(base) if isinstance(base, str) else base or zoo.identify(model, ignore=_changed(done))
+    known = zoo.Base(base) if isinstance(base, str) else base or zoo.identify(model, ignore=changed_names(done))
     config: dict[str, Any] = {
         "format": FORMAT,
         "base": None if known is None else known.to_json(),
@@ -178,16 +178,6 @@ def _check_state(model: nn.Module) -> None:
                     f"state_dict leaves out {whole}: a state_dict hook changes it. Remove the hook, save, and register "
                     "it again"
                 )
-
-
-def _changed(done: Record) -> set[str]:
-    """Names of modules that differ from the base's: replaced, rescaled or folded away."""
-    changed = {name for entry in done.edits for name in entry.site.names} | set(done.norms)
-    for block in (entry.block for entry in done.edits if entry.block is not None):
-        changed |= {*block.members, *(() if block.chain else (block.owner,))}
-    if done.fused:
-        changed |= {entry.site.batchnorm for entry in done.edits if entry.site.batchnorm}
-    return changed
 
 
 def _write_weights(model: nn.Module, path: Path) -> None:
@@ -359,7 +349,7 @@ def _same_shapes(
     skeleton: nn.Module, held: Mapping[str, tuple[tuple[int, ...], str]], plans: tuple[Plan, ...], path: Path
 ) -> None:
     """Before memory is taken: what no plan has changed has the shapes of the file."""
-    changed = tuple(f"{name}." for name in _changed(Record(plans)))
+    changed = tuple(f"{name}." for name in changed_names(Record(plans)))
     for name, tensor in skeleton.state_dict().items():
         shape = held[name][0] if name in held else None
         if shape is not None and not name.startswith(changed) and tuple(tensor.shape) != shape:
