@@ -328,3 +328,11 @@ def test_copies_made_in_inference_mode_train() -> None:
             with torch.inference_mode(False):
                 new.train()(x).sum().backward()
                 assert all(p.grad is not None for p in new.parameters())
+
+
+def test_plans_of_shapes_that_no_tensor_has() -> None:
+    model = net()
+    data = cs.plan(model, "all-conv->kerv-poly", example_inputs=X).to_dict()
+    for shape in ([2**40, 2**40, 2**40, 2**40], [2**61, 3, 16, 16]):
+        with pytest.raises(ConvSurgeryError):
+            cs.apply(model, cs.Plan.from_dict({**data, "input_shapes": [shape]}))

@@ -91,7 +91,10 @@ def check_calls(
     """
     if not placed:
         return
-    inputs, known = (as_arguments(example_inputs), True) if example_inputs is not None else _inputs_of(model, plan)
+    try:
+        inputs, known = (as_arguments(example_inputs), True) if example_inputs is not None else _inputs_of(model, plan)
+    except (RuntimeError, OverflowError) as error:  # of numbers that a file may say
+        raise ConversionError(f"no tensor has the plan's shapes, {plan.input_shapes}: {error}") from error
     new = {f"{number}": item.module for number, item in enumerate(placed)}
     remaining = {id(module) for module in model.modules()}
     gone = {name: module for name, module in old.items() if id(module) not in remaining}
