@@ -336,3 +336,12 @@ def test_plans_of_shapes_that_no_tensor_has() -> None:
     for shape in ([2**40, 2**40, 2**40, 2**40], [2**61, 3, 16, 16]):
         with pytest.raises(ConvSurgeryError):
             cs.apply(model, cs.Plan.from_dict({**data, "input_shapes": [shape]}))
+
+
+def test_a_structural_place_that_nothing_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    from convsurgery.rules import places
+
+    monkeypatch.setattr(places, "_PLACES", dict(places._PLACES))
+    places.register_selector(places.SelectorPlace("my-block", "", "structure"))
+    with pytest.raises(RuleError, match="registered as a pattern of several layers, and nothing finds it"):
+        cs.plan(net(), "my-block->block", example_inputs=X)

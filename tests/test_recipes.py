@@ -208,3 +208,21 @@ def test_auto_without_images_is_refused_before_anything_runs(written: Path) -> N
     with pytest.raises(RecipeError, match="give the recipe a step calibrate"):
         run_recipe(recipe)
     assert not (written.parent / "run").exists()
+
+
+def test_settings_of_calibrate_and_export(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = [
+        *("pretrain=null", "convert.rule=first-conv->kerv-poly", "finetune.teacher=start"),
+        *("calibrate={images: 32, target: 1.0e-2, batchnorm: true, steps: 2}",),
+        *("export={tolerance: 1e-3, images: 16, dynamic_batch: false}",),
+    ]
+    recipe = read_recipe(written, changes)
+    assert recipe.calibrate is not None
+    assert (recipe.calibrate.target, recipe.calibrate.batchnorm, recipe.calibrate.steps) == (1e-2, True, 2)
+    console = Console(file=io.StringIO(), width=120)
+    new = run_recipe(recipe, console=console)
+    layer = next(m for m in new.modules() if isinstance(m, cs.OperatorLayer))
+    assert 0 < float(layer.eps) < 1  # what a target of 1e-2 allows
+    file = onnx.load(written.parent / "run" / "model.onnx")
+    assert file.graph.input[0].type.tensor_type.shape.dim[0].dim_value > 0
+    assert "images" in console.file.getvalue()  # type: ignore[attr-defined]

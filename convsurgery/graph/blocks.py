@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from convsurgery.errors import RuleError
 from convsurgery.geometry import Block, Site
 from convsurgery.graph.instance import own_method
 from convsurgery.graph.patterns import PATTERNS, Found, Matcher, Miss
@@ -43,6 +44,11 @@ def find_blocks(seen: Observation, pattern: str | Template) -> list[Candidate]:
     """
     if seen.run is None:
         return []
+    if isinstance(pattern, str) and pattern not in PATTERNS:
+        raise RuleError(
+            f"{pattern} is registered as a pattern of several layers, and nothing finds it",
+            hint="give the layers as code: cs.pattern(code)",
+        )
     matcher = PATTERNS[pattern] if isinstance(pattern, str) else template_matcher(pattern)
     name = pattern if isinstance(pattern, str) else str(pattern)
     return _Finder(seen, name, matcher).find()

@@ -20,7 +20,7 @@ from convsurgery.adapt.images import Images, calibration_images
 from convsurgery.adapt.processes import alone_among_processes
 from convsurgery.errors import RecipeError
 from convsurgery.files import alone
-from convsurgery.recipes.schema import ConvertStep, Recipe
+from convsurgery.recipes.schema import CalibrateStep, ConvertStep, Recipe
 from convsurgery.rules import as_rules
 from convsurgery.surgery import named_folder
 
@@ -92,7 +92,8 @@ class _Run:
             self._measure("converted", new, data, model)
         if recipe.finetune is not None:
             self._say("fine-tune")
-            teacher = model if recipe.finetune.teacher == "original" else None
+            # "start" as on the command line: the model as it stands before training
+            teacher = {"original": model, "start": copy.deepcopy(new), "none": None}[recipe.finetune.teacher]
             api.finetune(
                 new,
                 data,
@@ -107,8 +108,20 @@ class _Run:
             self._say("export")
             step = recipe.export
             target = self.folder / step.file
-            parity = api.export_onnx(new, target, inline=step.inline, opset=step.opset, tolerance=step.tolerance)
-            self.console.print(f"{target.name}: {parity}")
+            parity = api.export_onnx(
+                new,
+                target,
+                inline=step.inline,
+                opset=step.opset,
+                verify=step.verify,
+                data=data.val.dataset if step.images and step.verify else None,
+                images=step.images or 64,
+                seed=recipe.seed,
+                tolerance=step.tolerance,
+                dynamic_batch=step.dynamic_batch,
+                overwrite=self.overwrite,
+            )
+            self.console.print(f"{target.name}: {parity or 'not compared (verify: false)'}")
             written.append(target)
         self._table(model, new)
         self.console.print(
@@ -161,7 +174,21 @@ class _Run:
         self._say(f"convert: {step.rule}")
         images = self._images(model)
         layers: list[LayerFit] = []
+        wanted = self.recipe.calibrate
         new = api.convert(model, step.rule, start=step.start, calibration=images, on_layer=layers.append)
+        if layers and images is not None and wanted is not None and wanted != CalibrateStep(wanted.images):
+            # Fitted once more, by the settings that convert has not.
+            layers.clear()
+            api.calibrate(
+                new,
+                images,
+                teacher=model,
+                target=wanted.target,
+                batchnorm=wanted.batchnorm,
+                steps=wanted.steps,
+                progress=False,
+                on_layer=layers.append,
+            )
         done = api.record(new)
         self.console.print(str(done.plans[-1] if done else ""), markup=False)
         if layers and images is not None:

@@ -60,6 +60,9 @@ class ConvertStep:
 @dataclass(frozen=True)
 class CalibrateStep:
     images: int = _key("training images that closed-form fits see, drawn evenly from all classes", 256)
+    target: float | None = _key("relative error that a neutral start may have in each layer; 1e-3 when absent", None)
+    batchnorm: bool = _key("give BatchNorms behind fitted layers the statistics they now meet", False)
+    steps: int = _key("of gradient descent on each fitted layer afterwards", 0)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,9 @@ class ExportStep:
     inline: bool = _key("standard ONNX operators only", False)
     opset: int | None = _key("of the standard operators, 18 to 23", None)
     tolerance: float = _key("largest error allowed, relative to the largest output", 1e-4)
+    verify: bool = _key("compare the file with PyTorch before it appears", True)
+    dynamic_batch: bool = _key("whether the file takes any batch size", True)
+    images: int = _key("validation images to compare on too, drawn evenly from all classes", 0)
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ _STEPS: dict[str, type] = {
     "calibrate": CalibrateStep,
     "export": ExportStep,
 }
-_TEACHERS = ("original", "none")
+_TEACHERS = ("original", "start", "none")
 #: a recipe's bytes, values and depth
 _MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 1 << 20, 10_000, 16
 _DATE = "tag:yaml.org,2002:timestamp"
