@@ -21,7 +21,7 @@ _FOLDS = re.compile(
     r"|(?i:(?:bn|batch_?norm|conv|norm|branch)\w*_(?:fold|merge|absorb|squash|bake|fusion))"
 )
 #: how far from the reader the function may be that folds
-_DEPTH = 5
+_DEPTH = 3  # further out FX traces on behalf of somebody who fuses
 
 
 @functools.lru_cache(maxsize=4096)
