@@ -184,29 +184,32 @@ class _Adapted(nn.Module):
         return (_blank, (self._operator, self._adapter), *reduced[2:])
 
 
-class _Padded(_Adapted):
+class _Padding(_Adapted):
     """Pads the first input."""
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(self.prepared(input), *args, **kwargs)
+
+    def prepared(self, input: Tensor) -> Tensor:
+        """What the operator itself is given."""
+        raise NotImplementedError
+
+
+class _Padded(_Padding):
+    """As its size asks for."""
 
     _window: tuple[Pair, Pair, Pair]
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(pad_same(input, *self._window), *args, **kwargs)
-
     def prepared(self, input: Tensor) -> Tensor:
-        """What the operator itself is given."""
         return pad_same(input, *self._window)
 
 
-class _Surrounded(_Adapted):
-    """Puts zeros around the first input, always as many."""
+class _Surrounded(_Padding):
+    """Always by as many zeros."""
 
     _amounts: tuple[int, int, int, int]
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(F.pad(input, self._amounts), *args, **kwargs)
-
     def prepared(self, input: Tensor) -> Tensor:
-        """What the operator itself is given."""
         return F.pad(input, self._amounts)
 
 
@@ -220,7 +223,7 @@ class _Weighted(_Adapted):
         assert self._adapter.weight is not None
         # Module's own look-up, not the dictionary: FX replaces it to follow parameters.
         stored = super().__getattr__("weight")
-        if self._operator is not nn.Conv2d and not torch.compiler.is_compiling():
+        if self._operator is not nn.Conv2d:
             refuse_folding(type(self).__name__)
         if isinstance(stored, torch.fx.Proxy):
             raise ModelError(f"FX must keep a {type(self).__name__} whole: it would mistake its weights")

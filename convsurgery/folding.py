@@ -8,9 +8,14 @@ import re
 import sys
 from types import CodeType
 
+import torch
+
 from convsurgery.errors import ConversionError
 
-__all__ = ["refuse_folding"]
+__all__ = ["WAY_OUT", "refuse_folding"]
+
+#: what to do instead, at the end of an error
+WAY_OUT = "Fold or reparameterise the model first and convert it then, or fold a converted model by convsurgery.fuse"
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 #: functions that read a convolution's filters to fold something into them
@@ -45,6 +50,8 @@ def refuse_folding(kind: str) -> None:
     Raises:
         ConversionError: with what to do instead.
     """
+    if torch.compiler.is_compiling():  # there are no frames to look at
+        return
     frame = sys._getframe(2)
     for _ in range(_DEPTH):
         code = frame.f_code
@@ -54,8 +61,7 @@ def refuse_folding(kind: str) -> None:
             where = f"{os.path.basename(os.path.dirname(code.co_filename))}/{os.path.basename(code.co_filename)}"
             raise ConversionError(
                 f"{code.co_name} ({where}) folds the filters of a convolution, and this layer is a {kind}: the same "
-                "arithmetic on its filters gives another function. Fold or reparameterise the model first and convert "
-                "it then, or fold a converted model by convsurgery.fuse"
+                f"arithmetic on its filters gives another function. {WAY_OUT}"
             )
         if frame.f_back is None:
             return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -40,8 +39,7 @@ class OperatorLayer(nn.Module):
         own = self.__dict__
         # What old-style weight norm or pruning computes stands in the dictionary.
         found: Any = own["weight"] if "weight" in own else super().__getattr__("weight")
-        if not torch.compiler.is_compiling():
-            refuse_folding(type(self).__name__)
+        refuse_folding(type(self).__name__)
         return cast(Tensor, found)
 
     @weight.setter
@@ -108,31 +106,20 @@ class OperatorLayer(nn.Module):
         self._geometry = ConvGeometry.of(template)
         return tuple(template.weight.shape)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Refuse a convolution's weights where this layer's of that name are something else."""
         own = {**self._parameters, **self._buffers}
         mine = [key for key, value in own.items() if value is not None and key not in ("weight", "bias")]
         mine = [key for key in mine if key not in self._non_persistent_buffers_set]
         absent = mine and not any(prefix + key in state_dict for key in mine)
         if absent and prefix + "weight" in state_dict and not self.takes_filters():
-            error_msgs.append(
+            args[-1].append(
                 f"{prefix.rstrip('.') or 'the layer'} is a {type(self).__name__}, and these look like the weights of "
                 f"the model before its conversion: there is no {mine[0]}, and what is called weight is another thing. "
                 "Load them into the original model and convert it then"
             )
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def takes_filters(self) -> bool:
         """Whether the filters of a convolution mean the same as this layer's ``weight``, the rest being as it is."""

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from convsurgery.errors import ConversionError, ConvSurgeryError, warn
+from convsurgery.folding import WAY_OUT
 from convsurgery.operators import Blend, OperatorLayer
 from convsurgery.surgery.plan import Entry
 
@@ -86,8 +87,7 @@ class FoldGuard:
                 raise
             raise ConversionError(
                 f"{kind.__name__}.{self.method} folds convolutions and found a {inside} "
-                f"({type(error).__name__}: {error!s:.100}). Fold or reparameterise the model first and convert it "
-                "then, or fold a converted model by convsurgery.fuse"
+                f"({type(error).__name__}: {error!s:.100}). {WAY_OUT}"
             ) from error
 
 

@@ -82,6 +82,8 @@ def save(
         StorageError: when the folder cannot be written, holds something that may not be replaced, a weight is NaN, or
             ``model`` has what no folder holds: extra state that is no tensor, or a converted model inside.
     """
+    if directory == "":
+        raise StorageError("no folder given to save to; '.' is the one you are in")
     if not overwrite:
         refuse_existing(directory, folder=True)
     model = unwrap(model)
@@ -107,8 +109,6 @@ def save(
         "origin": str(weights_of(model)),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "torchvision")},
     }
-    if directory == "":
-        raise StorageError("no folder given to save to; '.' is the one you are in")
     folder = Path(directory)
     try:
         new = not folder.exists()

@@ -129,28 +129,18 @@ class Dialled(Kervolution2d):
 
     # -- state
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if f"{prefix}scale" in state_dict:
-            error_msgs.append(
+            args[-1].append(
                 f"{prefix.rstrip('.') or 'the layer'} was saved by convsurgery 0.1, whose neutral start scaled the "
                 "filters; here ε stands beside them. Load its folder by convsurgery.load"
             )
             return
-        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if f"{prefix}eps" in state_dict:
-            super()._load_from_state_dict(state_dict, prefix, *rest)
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         else:
             # The weights of a convolution: the constants of this layer have nothing to do with them.
-            nn.Module._load_from_state_dict(self, state_dict, prefix, *rest)
+            nn.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         assert self.eps is not None
